@@ -424,7 +424,7 @@ class AmortizedInterpolant(AutoInterpolant):
         with seeded(settings["seed"]):
             simulator = Simulator(sites, self.observed)
             self._see_rows(sites, simulator, is_own=False)
-            found = SimulatedBatches(batches, simulator, self.observed, self.rows_of)
+            found = SimulatedBatches(batches, simulator, self.rows_of)
         tell_if_coarse(found.held, self.observed, self.transform.flow.loc.dtype)
         held = {"validation": self.rows_of(found.held), **settings}
         self._begin(sites)

@@ -45,7 +45,6 @@ _MANY = 100  # also this many at once, the probes repeated
 # Draws this many times farther out are put beside the probes: their presence must not change the
 # probes' values.
 _FAR = 6.0
-_EXTREMES = 256  # draws with the most extreme numbers, in whose company others are evaluated
 _LEAST_ERROR = 0.01  # nats, of a draw's log density, that moves no weight by more than a percent
 _ROUNDING = 1e-7  # relatively, of float32
 _MARGIN = 10.0  # times the rounding of a sum of terms of this size, and that of z
@@ -140,7 +139,7 @@ class LogJoint:
         Args:
             z: Unconstrained vectors, shape ``(N, D)``, where the log density is to be known.
         """
-        extreme = extreme_rows([z], _EXTREMES)
+        extreme = extreme_rows([z])
         few = torch.cat((z[:1], z[extreme]))[: self.rows]
         together = self(few)[:_PROBES]
         with unchecked():

@@ -38,8 +38,8 @@ from .sites import LatentSites, Nodes, check_fixed_support, extreme_rows, is_sam
 from .workers import called_in_workers
 
 _PROBES = 3  # simulations on which a plate is compared with single runs
-# They are taken from the first 16 simulations and the 256 with the most extreme numbers.
-_FIRST, _EXTREMES, _TRIED = 16, 256, 256
+# They are taken from the first 16 of 256 simulations and those with the most extreme numbers.
+_FIRST, _TRIED = 16, 256
 _VALUES_AT_ONCE = 2**22  # of all sites together
 _CALL = 16  # simulations, one by one, in one call, whatever the number of processes
 
@@ -288,7 +288,7 @@ class Simulator:
         """
         first = torch.arange(min(_FIRST, len(found.log_prior)))
         values = found.latents | found.data
-        extreme = extreme_rows([values[name] for name in self.sampled], _EXTREMES)
+        extreme = extreme_rows(values[name] for name in self.sampled)
         index = torch.cat((first.to(extreme), extreme))[: max(_PROBES, self.rows)]
         values, count = {name: value[index] for name, value in values.items()}, len(index)
         given = {name: values[name] for name in self.sampled}

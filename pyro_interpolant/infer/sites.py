@@ -36,6 +36,7 @@ Site = dict[str, Any]  # a site of a trace, Pyro's message
 Nodes = dict[str, Site]
 Model = Callable[..., Any]
 OWN_FACTOR = "_interpolant_jacobian"  # marks base space's own factors, which no user wrote
+_EXTREMES = 256  # rows with the most extreme numbers, in whose company others are evaluated
 
 
 @contextlib.contextmanager
@@ -380,18 +381,19 @@ def one_posterior(guide: AutoContinuous, *args: object, **kwargs: object) -> Any
     return posterior
 
 
-def extreme_rows(values: Iterable[Tensor], most: int) -> Tensor:
+def extreme_rows(values: Iterable[Tensor]) -> Tensor:
     """Return the indices of rows in which a number is the greatest or the least of all rows.
+
+    Of 256 rows at most, those of the first numbers.
 
     Args:
         values: Rows, each ``(N, *)``.
-        most: Of how many rows at most, those of the first numbers.
     """
     found = []
     for value in values:
-        columns = value.reshape(len(value), -1)[:, :most].double()
+        columns = value.reshape(len(value), -1)[:, :_EXTREMES].double()
         found.append(torch.stack((columns.argmax(0), columns.argmin(0)), 1).flatten())
-    return torch.cat(found)[:most].unique()
+    return torch.cat(found)[:_EXTREMES].unique()
 
 
 def check_fixed_support(name: str, now: Tensor, known: Tensor) -> None:

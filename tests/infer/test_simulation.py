@@ -643,7 +643,7 @@ def test_latents_that_repeat_with_other_data_are_not_held_out():
     simulator = simulator_of(model)
     guide = guide_of(model)
     guide(torch.zeros(6))
-    found = SimulatedBatches(batches, simulator, ("y",), guide.rows_of)
+    found = SimulatedBatches(batches, simulator, guide.rows_of)
     assert sum(len(rows) for rows, _ in found) == 900
     assert found.trained == 900
 
@@ -660,7 +660,7 @@ def test_simulations_that_repeat_are_held_out_whatever_their_probability(step):
     guide = pi.AmortizedInterpolant(model, ("k",), hidden_dims=(8,))
     guide(torch.tensor(2.0))
     sites = LatentSites(guide, torch.tensor(2.0))
-    found = SimulatedBatches(batches, Simulator(sites, ("k",)), ("k",), guide.rows_of)
+    found = SimulatedBatches(batches, Simulator(sites, ("k",)), guide.rows_of)
     rows, context = (torch.cat(part) for part in zip(*found, strict=True))
     assert abs(len(found.held.log_prior) - 1000) < 20
     assert abs(len(rows) - 18_000) < 300
