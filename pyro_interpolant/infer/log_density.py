@@ -202,8 +202,6 @@ class LogJoint:
     def _log_prob(self, site: Site) -> Tensor:
         """Return a site's log density, ``(*)``: ``-inf`` off the support, or of bad parameters."""
         fn, value, mask, log_prob = site["fn"], site["value"], site["mask"], site["log_prob"]
-        if mask is False:
-            return log_prob
         if site["name"] in self.sites.shapes:
             left_out = log_prob_left_out(fn, value, mask=mask)
             if left_out is not None:

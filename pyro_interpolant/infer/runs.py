@@ -128,19 +128,18 @@ class DrawnInLanes(TorchFunctionMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> Tensor:
         """Call a function of torch, one that draws in place on a copy with lanes."""
-        if (kwargs or {}).get("generator") is not None:
+        kwargs = kwargs or {}
+        if kwargs.get("generator") is not None:
             # A run of its own draws the same from one that it seeds, each lane something else.
             raise TypeError("expected draws from torch's global generator, got one of its own")
-        if func in _IN_PLACE:
-            tensor, *others = args
-            if is_functorch_tensor(tensor):
-                return func(*args, **(kwargs or {}))
-            if not tensor.is_floating_point():
-                raise TypeError(f"expected to draw into floating numbers, got {tensor.dtype}")
-            into = torch.zeros_like(tensor) + self.lane.to(tensor)
-            tensor.fill_(math.nan)
-            return func(into, *others, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        if func not in _IN_PLACE or is_functorch_tensor(args[0]):
+            return func(*args, **kwargs)
+        tensor, *others = args
+        if not tensor.is_floating_point():
+            raise TypeError(f"expected to draw into floating numbers, got {tensor.dtype}")
+        into = torch.zeros_like(tensor) + self.lane.to(tensor)
+        tensor.fill_(math.nan)
+        return func(into, *others, **kwargs)
 
 
 def state_of_others() -> tuple[object, ...]:

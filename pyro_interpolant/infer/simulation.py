@@ -480,11 +480,9 @@ class Simulator:
             values: Values of sites, each ``(*, *site_shape)``, that are not drawn then.
             latents_alone: Whether to stop the run once all latent sites have been drawn.
         """
-        model = self.model
-        if count is not None:
-            model = pyro.plate("_simulations", count, dim=-1 - self.nesting)(model)
-        given = {} if values is None else dict(values)
+        model, given = self.model, dict(values or {})
         if count is not None:  # to the left of all plates
+            model = pyro.plate("_simulations", count, dim=-1 - self.nesting)(model)
             for name, value in given.items():
                 ones = (1,) * (self.nesting - self.batch_dims[name])
                 given[name] = value.reshape(count, *ones, *value.shape[1:])
