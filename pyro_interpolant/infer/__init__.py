@@ -1,7 +1,7 @@
 r"""Flows inside Pyro models: as a guide, as a prior, and as a proposal.
 
-``autoguide`` is a guide and its training; ``quantiles`` and ``inference_data`` summarise its
-draws, ``importance_sampling`` weighs them by ``log_density``, of the vector that ``sites`` packs,
+``autoguide`` is a guide and its training; ``inference_data`` holds its draws,
+``importance_sampling`` weighs them by ``log_density``, of the vector that ``sites`` packs,
 ``-inf`` where ``validity`` says so; it starts by ``initialization``, and ``prior`` draws it.
 ``amortized`` is a guide for all data, judged by ``amortization``: it learns from ``simulations``
 by ``simulation``, in ``runs`` and ``workers``, or from ``simulated_batches``, of sets or with some

@@ -43,12 +43,14 @@ from .importance_sampling import (
 from .initialization import init_to_support
 from .log_density import LogJoint, known_log_joint
 from .prior import prior_draws
-from .quantiles import SPREAD_DRAWS, quantiles_of, spread_of
 from .sites import (
+    SPREAD_DRAWS,
     Imaged,
     LatentSites,
     Model,
     forget_data,
+    quantiles_of,
+    spread_of,
     unsupported_sites_named,
 )
 from .smc.train import RoundsResult, train_from_density
