@@ -352,6 +352,7 @@ def _batching(density: LogJoint, center: Tensor) -> Batching:
     """
     z, names, values, tolerances = _probes(density, center)
     far = torch.cat((center + _FAR * (z - center), center - _FAR * (z - center)))
+    company = torch.cat((z, far[: max(1, density.rows - _PROBES)]))
     counts = (_PROBES - 1, _PROBES, min(_MANY, density.rows))
     indices, problems = [torch.arange(count) % _PROBES for count in counts], []
     expected = values[:, torch.cat(indices)]
@@ -359,8 +360,10 @@ def _batching(density: LogJoint, center: Tensor) -> Batching:
         try:
             parts = density.parts_by(batching)
             found = torch.cat([evaluated_safely(parts, z[index]) for index in indices], 1)
-            beside = _errors_beside(far[: max(1, density.rows - _PROBES)], parts, z, values)
-            errors = torch.maximum((found - expected).abs().amax(1), beside)
+            errors = (found - expected).abs().amax(1)
+            with contextlib.suppress(Exception):  # far out the model may have no value
+                beside = evaluated_safely(parts, company)[:, :_PROBES]
+                errors = torch.maximum(errors, (beside - values).abs().amax(1))
         except Exception as failure:  # whatever a model does with shapes it does not expect
             what = str(failure).partition("\n")[0]  # Pyro adds its trace
             problems.append(f"by {batching} it fails with {type(failure).__name__}: {what}")
@@ -374,23 +377,6 @@ def _batching(density: LogJoint, center: Tensor) -> Batching:
         f"its own or under torch.func.vmap, got one for which {'; '.join(problems)}. "
         f"{TO_BATCH}"
     )
-
-
-def _errors_beside(others: Tensor, parts: Evaluate, z: Tensor, values: Tensor) -> Tensor:
-    """Return how far the parts of draws are from their values beside others, shape ``(1 + S,)``.
-
-    Zero where these cannot be evaluated: there may be none of them.
-
-    Args:
-        others: The others, shape ``(M, D)``.
-        parts: From draws to the parts of their log densities.
-        z: The draws, shape ``(K, D)``.
-        values: The parts of their log densities, shape ``(1 + S, K)``.
-    """
-    with contextlib.suppress(Exception):
-        found = evaluated_safely(parts, torch.cat((z, others)))[:, : len(z)]
-        return (found - values).abs().amax(1)
-    return torch.zeros_like(values[:, 0])
 
 
 def _rounding(dtype: torch.dtype) -> float:
