@@ -36,6 +36,7 @@ from .amortization import (
     check_posterior,
     is_inside,
     measured_on_simulations,
+    pace,
     region,
     tell_if_coarse,
     tell_of_fewer,
@@ -43,12 +44,10 @@ from .amortization import (
     untrained_posterior,
 )
 from .autoguide import AutoInterpolant
-from .exchangeability import are_sets, exchangeable_columns
-from .guide_result import GuideResult
-from .hidden import is_hidden, tell_if_determined
+from .data import are_sets, exchangeable_columns, is_hidden, tell_if_determined
+from .importance_sampling import GuideResult
 from .initialization import init_latent, is_not_latent
 from .log_density import known_log_joint
-from .pace import pace
 from .runs import (
     check_data,
     check_rows_count,
@@ -163,9 +162,9 @@ class AmortizedInterpolant(AutoInterpolant):
             if embedding is None and (columns := exchangeable_columns(simulator)):
                 self._sees_sets, embedding = True, SetEmbedding(columns)
             posterior = untrained_posterior(sites, self.shapes, embedding, self._hidden_dims, loc)
-        check_posterior(posterior, sites, self.shapes)
-        if self._given[1] is not None:  # SVI may train on, as after fit_guide
-            posterior.transform.requires_grad_(requires_grad=True)
+        else:
+            check_posterior(posterior, sites, self.shapes)
+            posterior.transform.requires_grad_(requires_grad=True)  # SVI may train on
         self._take(posterior)
         del self._given  # the embedding is a part of the flow
 
@@ -281,17 +280,6 @@ class AmortizedInterpolant(AutoInterpolant):
         Raises:
             ValueError: If there are several where the plates of the model are.
         """
-        data, nesting = self._data(*args, **kwargs)
-        context = self._context(data)
-        batch = context.shape[:-1]
-        if batch.numel() == 1:
-            return context.flatten()
-        if batch[max(0, len(batch) - nesting) :].numel() != 1:
-            check_one_data_set(batch)
-        return context
-
-    def _data(self, *args: object, **kwargs: object) -> tuple[dict[str, Tensor], int]:
-        """Return the data at the observed sites of a run of the model, and how its plates nest."""
         sites = LatentSites(self, *args, **kwargs)
         with torch.no_grad():
             nodes = nodes_of(sites.model)
@@ -299,7 +287,13 @@ class AmortizedInterpolant(AutoInterpolant):
         check_data(nodes, sites.shapes, self.observed)
         if self._example is not None:
             tell_of_others(sites.model, nodes, self.observed, self._example)
-        return data_of(nodes, self.shapes), plate_nesting(nodes)
+        context = self._context(data_of(nodes, self.shapes))
+        batch = context.shape[:-1]
+        if batch.numel() == 1:
+            return context.flatten()
+        if batch[max(0, len(batch) - plate_nesting(nodes)) :].numel() != 1:
+            check_one_data_set(batch)
+        return context
 
     @torch.no_grad()
     def calibration(
@@ -430,7 +424,7 @@ class AmortizedInterpolant(AutoInterpolant):
         with seeded(settings["seed"]):
             simulator = Simulator(sites, self.observed)
             self._see_rows(sites, simulator, is_own=False)
-            found = SimulatedBatches(batches, simulator, self.observed, self.rows_of)
+            found = SimulatedBatches(batches, simulator, self.rows_of)
         tell_if_coarse(found.held, self.observed, self.transform.flow.loc.dtype)
         held = {"validation": self.rows_of(found.held), **settings}
         self._begin(sites)

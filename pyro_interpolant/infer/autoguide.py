@@ -32,8 +32,8 @@ from ..training.fitting import FitResult, fit
 from ..training.whitening import whitening_map
 from ..transforms.interpolant import InterpolantTransform
 from .amortization import AmortizedResult
-from .guide_result import GuideResult
 from .importance_sampling import (
+    GuideResult,
     are_raw_draws_good,
     check_is_density,
     importance_verdict,
@@ -43,12 +43,14 @@ from .importance_sampling import (
 from .initialization import init_to_support
 from .log_density import LogJoint, known_log_joint
 from .prior import prior_draws
-from .quantiles import SPREAD_DRAWS, quantiles_of, spread_of
 from .sites import (
+    SPREAD_DRAWS,
     Imaged,
     LatentSites,
     Model,
     forget_data,
+    quantiles_of,
+    spread_of,
     unsupported_sites_named,
 )
 from .smc.train import RoundsResult, train_from_density
@@ -352,18 +354,20 @@ class AutoInterpolant(AutoContinuous):
         training: FitResult | RoundsResult,
     ) -> GuideResult:
         """Return what training gave, judged where there is a density."""
-        summary, count, verdict = ImportanceSummary(*[math.nan] * 4), 0, _UNKNOWN
         self.poor = None
-        if isinstance(training, RoundsResult) and density is not None:
+        if density is None:
+            unknown = ImportanceSummary(*[math.nan] * 4)
+            return GuideResult(*unknown, 0, _UNKNOWN, clock.spent(), training)
+        if isinstance(training, RoundsResult):
             # Weights of fresh draws are there, and particles, which have a density, off edges.
             summary, count = ImportanceSummary(*training[:4]), training.draws
             with seeded(None if seed is None else seed + 1), torch.no_grad():
                 z = posterior.sample((SPREAD_DRAWS,))
             verdict = judged(posterior.log_prob, density, z, summary, count)
-        elif density is not None:
+        else:
             summary, count, verdict = importance_verdict(posterior, density, clock, seed)
-        if density is not None:
-            self.poor = None if are_raw_draws_good(summary, count) else verdict
+        if not are_raw_draws_good(summary, count):
+            self.poor = verdict
         return GuideResult(*summary, count, verdict, clock.spent(), training)
 
     def attach(self, model: Model) -> "AutoInterpolant":

@@ -52,14 +52,6 @@ class _Mixture(NamedTuple):
     covariances: Tensor  # (K, D, D)
 
 
-class _Posteriors(NamedTuple):
-    """Of n rows: log-evidences of all components up to a constant of the row, and latents."""
-
-    log_joint: Tensor  # (n, K)
-    shifts: Tensor  # s, by which their means are m + R s, (D, 1, n, K)
-    roots: Tensor  # W, by which their covariances are R W^T W R^T, (D, D, n, K)
-
-
 def gaussian_latents(
     y: Tensor,
     precisions: Tensor,
@@ -156,7 +148,13 @@ def _chunks(y: Tensor, precisions: Tensor, components: int) -> list[tuple[Tensor
     return list(zip(y.split(size), precisions.split(size), strict=True))
 
 
-def _posteriors(mixture: _Mixture, y: Tensor, precisions: Tensor) -> _Posteriors:
+def _posteriors(mixture: _Mixture, y: Tensor, precisions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-evidences of all components for n rows, and latents, by s and W as above.
+
+    Returns:
+        The log-evidences, up to a constant of the row, shape ``(n, K)``; s, shape
+        ``(D, 1, n, K)``; and W, shape ``(D, D, n, K)``.
+    """
     r, p = _roots(mixture), precisions.permute(1, 2, 0)[..., None]
     far = (y.T[..., None] - mixture.means.T[:, None])[:, None]
     inner = _product(r.transpose(0, 1), _product(p, r))
@@ -168,7 +166,7 @@ def _posteriors(mixture: _Mixture, y: Tensor, precisions: Tensor) -> _Posteriors
     # tells components apart where errors are small.
     rest = far - _product(r, shifts)
     squares = (_product(p, rest) * rest + shifts.square()).sum((0, 1))
-    return _Posteriors(mixture.log_shares - 0.5 * squares - volume, shifts, w)
+    return mixture.log_shares - 0.5 * squares - volume, shifts, w
 
 
 def _roots(mixture: _Mixture) -> Tensor:
@@ -209,7 +207,7 @@ def _inverse_root(a: Tensor) -> tuple[Tensor, Tensor]:
 def _log_evidence(mixture: _Mixture, y: Tensor, precisions: Tensor) -> Tensor:
     """Return log-evidences of rows up to constants of theirs, shape ``(n,)``."""
     parts = _chunks(y, precisions, len(mixture.means))
-    return torch.cat([_posteriors(mixture, *part).log_joint.logsumexp(-1) for part in parts])
+    return torch.cat([_posteriors(mixture, *part)[0].logsumexp(-1) for part in parts])
 
 
 def _maximized(mixture: _Mixture, y: Tensor, precisions: Tensor) -> _Mixture:

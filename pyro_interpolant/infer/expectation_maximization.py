@@ -20,8 +20,7 @@ from ..training.rows import Rows
 from ..training.selection import Scores, Selection
 from .latents import by_sets, chunks, draw_latents, given
 from .noise import Measurements
-from .regression import FlowRegression
-from .schedule import RateSchedule
+from .regression import FlowRegression, RateSchedule
 
 _END_SHARE = 0.9  # of the time; the rest: calibration, and the evidence of rows held out
 _ROUND_STEPS = 50  # of the regression

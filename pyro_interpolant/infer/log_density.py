@@ -18,8 +18,7 @@ from .._torch import draws, is_functorch_tensor, seeded, warn_user
 from ..diagnostics.psis import finite_or_minus_inf
 from ..distributions.constraints import biject
 from .initialization import init_to_support
-from .lanes import in_lanes, state_of_others
-from .runs import plate_nesting
+from .runs import in_lanes, plate_nesting, state_of_others
 from .sites import (
     LatentSites,
     Model,
@@ -46,7 +45,6 @@ _MANY = 100  # also this many at once, the probes repeated
 # Draws this many times farther out are put beside the probes: their presence must not change the
 # probes' values.
 _FAR = 6.0
-_EXTREMES = 256  # draws with the most extreme numbers, in whose company others are evaluated
 _LEAST_ERROR = 0.01  # nats, of a draw's log density, that moves no weight by more than a percent
 _ROUNDING = 1e-7  # relatively, of float32
 _MARGIN = 10.0  # times the rounding of a sum of terms of this size, and that of z
@@ -71,17 +69,24 @@ class LogJoint:
 
     Make one by :func:`log_joint`.
 
+    Args:
+        sites: The latent sites.
+        model: The model, a function of no arguments; by default that of the sites.
+        centers: Where the density is first tried, shape ``(K, D)``; by default where they tell.
+
     Attributes:
         event_dim: D, the size of z.
         batching: How many draws are evaluated at once: ``"plate"``, in a plate to the left of all
             others; or ``"vmap"``, by :func:`torch.func.vmap`, for models that do not broadcast.
     """
 
-    def __init__(self, sites: LatentSites) -> None:
-        self.sites, self.model = sites, sites.model
+    def __init__(
+        self, sites: LatentSites, model: Model | None = None, centers: Tensor | None = None
+    ) -> None:
+        self.sites, self.model = sites, sites.model if model is None else model
         self.event_dim: int = sites.guide.latent_dim
         self.off_support: frozenset[str] = frozenset()  # sites whose data are, with leave
-        centers = sites.centers()
+        centers = sites.centers() if centers is None else centers
         with torch.no_grad():
             center = self._first_possible(centers)
             # The first with the user's own validation, which explains what is wrong.
@@ -134,7 +139,7 @@ class LogJoint:
         Args:
             z: Unconstrained vectors, shape ``(N, D)``, where the log density is to be known.
         """
-        extreme = extreme_rows([z], _EXTREMES)
+        extreme = extreme_rows([z])
         few = torch.cat((z[:1], z[extreme]))[: self.rows]
         together = self(few)[:_PROBES]
         with unchecked():
@@ -195,13 +200,8 @@ class LogJoint:
         return torch.stack([log_det, *(self._log_prob(site).sum() for site in scored)])
 
     def _log_prob(self, site: Site) -> Tensor:
-        """Return a site's log density, shape ``(*)``.
-
-        It is ``-inf`` outside the support, or where parameters are out of range.
-        """
+        """Return a site's log density, ``(*)``: ``-inf`` off the support, or of bad parameters."""
         fn, value, mask, log_prob = site["fn"], site["value"], site["mask"], site["log_prob"]
-        if mask is False:
-            return log_prob
         if site["name"] in self.sites.shapes:
             left_out = log_prob_left_out(fn, value, mask=mask)
             if left_out is not None:
@@ -240,11 +240,17 @@ class LogJoint:
 
         with poutine.block():
             trace = poutine.trace(run).get_trace()  # whose errors show the shapes of all sites
+            nodes = cast("Nodes", trace.nodes)
             try:
                 trace.compute_log_prob()
             except NotImplementedError as error:
-                raise _without_density(cast("Nodes", trace.nodes)) from error
-        return cast("Nodes", trace.nodes)
+                bare = next(s for s in _scored(nodes) if "log_prob" not in s)
+                raise NoDensityError(
+                    f"expected a log_prob of every site, got a {type(bare['fn']).__name__} at "
+                    f"{bare['name']!r}, which has none: an AmortizedInterpolant learns from "
+                    "simulations alone, and calibration() judges it"
+                ) from error
+        return nodes
 
     def plate(self, count: int) -> pyro.plate:
         """Return a plate of draws to the left of all plates of the model."""
@@ -310,16 +316,6 @@ def known_log_joint(sites: LatentSites, z: Tensor) -> LogJoint | None:
         return None
 
 
-def _without_density(nodes: Nodes) -> NoDensityError:
-    """Return the error that names the site of a trace whose log density is not known."""
-    site = next(s for s in nodes.values() if s["type"] == "sample" and "log_prob" not in s)
-    return NoDensityError(
-        f"expected a log_prob of every site, got a {type(site['fn']).__name__} at "
-        f"{site['name']!r}, which has none: an AmortizedInterpolant learns from simulations "
-        "alone, and calibration() judges it"
-    )
-
-
 class _NotPositiveDefinite(TorchFunctionMode):
     """Return NaN for the Cholesky factor of a matrix that has none, instead of raising."""
 
@@ -356,6 +352,7 @@ def _batching(density: LogJoint, center: Tensor) -> Batching:
     """
     z, names, values, tolerances = _probes(density, center)
     far = torch.cat((center + _FAR * (z - center), center - _FAR * (z - center)))
+    company = torch.cat((z, far[: max(1, density.rows - _PROBES)]))
     counts = (_PROBES - 1, _PROBES, min(_MANY, density.rows))
     indices, problems = [torch.arange(count) % _PROBES for count in counts], []
     expected = values[:, torch.cat(indices)]
@@ -363,8 +360,10 @@ def _batching(density: LogJoint, center: Tensor) -> Batching:
         try:
             parts = density.parts_by(batching)
             found = torch.cat([evaluated_safely(parts, z[index]) for index in indices], 1)
-            beside = _errors_beside(far[: max(1, density.rows - _PROBES)], parts, z, values)
-            errors = torch.maximum((found - expected).abs().amax(1), beside)
+            errors = (found - expected).abs().amax(1)
+            with contextlib.suppress(Exception):  # far out the model may have no value
+                beside = evaluated_safely(parts, company)[:, :_PROBES]
+                errors = torch.maximum(errors, (beside - values).abs().amax(1))
         except Exception as failure:  # whatever a model does with shapes it does not expect
             what = str(failure).partition("\n")[0]  # Pyro adds its trace
             problems.append(f"by {batching} it fails with {type(failure).__name__}: {what}")
@@ -378,23 +377,6 @@ def _batching(density: LogJoint, center: Tensor) -> Batching:
         f"its own or under torch.func.vmap, got one for which {'; '.join(problems)}. "
         f"{TO_BATCH}"
     )
-
-
-def _errors_beside(others: Tensor, parts: Evaluate, z: Tensor, values: Tensor) -> Tensor:
-    """Return how far the parts of draws are from their values beside others, shape ``(1 + S,)``.
-
-    Zero where these cannot be evaluated: there may be none of them.
-
-    Args:
-        others: The others, shape ``(M, D)``.
-        parts: From draws to the parts of their log densities.
-        z: The draws, shape ``(K, D)``.
-        values: The parts of their log densities, shape ``(1 + S, K)``.
-    """
-    with contextlib.suppress(Exception):
-        found = evaluated_safely(parts, torch.cat((z, others)))[:, : len(z)]
-        return (found - values).abs().amax(1)
-    return torch.zeros_like(values[:, 0])
 
 
 def _rounding(dtype: torch.dtype) -> float:

@@ -59,8 +59,7 @@ class Measurements:
 
     def take(self, index: Tensor | slice) -> "Measurements":
         """Return the rows of an index."""
-        parts = (None if part is None else part[index] for part in (self.row, self.context))
-        row, context = parts
+        row, context = (None if p is None else p[index] for p in (self.row, self.context))
         return dataclasses.replace(self, y=self.y[index], row=row, context=context)
 
     def is_gaussian(self) -> bool:

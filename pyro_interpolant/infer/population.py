@@ -142,10 +142,9 @@ def from_noisy_samples(
     context, of_contexts, sizes = _checked_context(context, rows.y, network)
     names = Names(columns if first.shape[1:] == (len(columns),) else (), of_contexts)
     options: dict[str, Any] = {"support": support, "event_shape": event_shape, "network": network}
-    start_steps, rest = _shared_out(steps, clock)
-    options |= {"marginals": marginals, "steps": start_steps, "seed": seed}
+    options |= {"marginals": marginals, "seed": seed}
     contexts = None if context is None else context[kept[index.cpu()]]
-    distribution = _started(first, contexts, sizes, names, options, clock)
+    distribution, rest = _started(first, contexts, sizes, names, options, steps, clock)
     loc = distribution.transform.flow.loc
     catalogue = NoisyRows(of_population(rows, distribution, context), loc)
     learn(distribution, catalogue, held, rest, clock, seed=seed, progress=progress)
@@ -229,10 +228,9 @@ def from_posterior_samples(
         some = in_turn(objects, kept)[: max(_START_DRAWS, len(counts))]
     first = x[some]
     contexts = None if context is None else context[objects[some]]
-    start_steps, rest = _shared_out(steps, clock)
-    options: dict[str, Any] = {"support": support, "network": network, "marginals": marginals}
-    options |= {"steps": start_steps, "seed": seed}
-    distribution = _started(first, contexts, sizes, Names((), of_contexts), options, clock)
+    options = {"support": support, "network": network, "marginals": marginals, "seed": seed}
+    names = Names((), of_contexts)
+    distribution, rest = _started(first, contexts, sizes, names, options, steps, clock)
     flow = distribution.transform.flow
     u = distribution.to_flow(x).to(flow.loc)
     with torch.no_grad():
@@ -256,9 +254,9 @@ def _checked_context(
         network: The velocity, or None for a new one.
     """
     found, sizes = contexts_for(context, rows, network)
-    if found is None or context is None:
-        return None, (), ()
-    taken = as_tensor(context, "context") if len(sizes) == 2 else found  # labels stay labels
+    taken = found
+    if context is not None and len(sizes) == 2:  # labels stay labels
+        taken = as_tensor(context, "context")
     return taken, context_names(context, found), sizes
 
 
@@ -443,44 +441,41 @@ def _latents_of_mixture(
     return found[kept], kept.nonzero()[:, 1]
 
 
-def _shared_out(steps: int | None, clock: Clock) -> tuple[int | None, float]:
-    """Return the numbers of steps for the start and for the rest.
-
-    They are None and infinity where the clock alone decides.
-    """
-    if steps is None and clock.limit < math.inf:
-        return None, math.inf
-    total = int(steps or _STEPS)
-    start = max(1, int(_START_SHARE * total))
-    return start, total - start
-
-
 def _started(
     first: Tensor,
     context: Tensor | None,
     sizes: tuple[int, ...],
     names: Names,
     options: dict[str, Any],
+    steps: int | None,
     clock: Clock,
-) -> AnyDistribution:
-    """Return a flow trained on what a population starts from, shape ``(M, *event_shape)``.
+) -> tuple[AnyDistribution, float]:
+    """Return a flow trained on what a population starts from, and how many steps are left.
+
+    As many as there is time for, infinity, where the clock alone decides.
 
     Args:
-        first: The rows.
+        first: The rows, shape ``(M, *event_shape)``.
         context: Their contexts, or None.
         sizes: Those of the contexts of all rows, of which the first may lack a class.
         names: Those of the columns of rows and contexts.
         options: For :func:`~pyro_interpolant.from_samples`.
+        steps: The number of steps in all, or None.
         clock: What tells how much time there is.
     """
     seconds = None if clock.limit == math.inf else _START_SHARE * clock.limit
+    start, rest = None, math.inf
+    if steps is not None or seconds is None:
+        total = int(steps or _STEPS)
+        start = max(1, int(_START_SHARE * total))
+        rest = total - start
     with warnings.catch_warnings():  # about rows that are not what is learned
         warnings.simplefilter("ignore")
-        options = {**options, "context": context, "max_seconds": seconds}
+        options = {**options, "context": context, "steps": start, "max_seconds": seconds}
         if options["network"] is None:
             space = support_of(shaped(options["support"], first.shape[1:]))
             with seeded(options["seed"]):
                 options["network"] = new_network(space, first, sizes)
         distribution = from_samples(first, progress=False, **options)
     names.give_to(distribution)
-    return distribution
+    return distribution, rest

@@ -2,7 +2,6 @@ r"""Draws of a model's prior as unconstrained vectors, from which training on a 
 
 import contextlib
 import functools
-from collections.abc import Callable
 
 import torch
 from pyro import poutine
@@ -11,9 +10,8 @@ from torch import Tensor
 
 from ..distributions.constraints import biject
 from .initialization import init_to_support
-from .lanes import in_lanes
 from .log_density import LogJoint
-from .runs import AllDrawn, Stop
+from .runs import AllDrawn, Stop, in_lanes
 from .sites import unchecked
 
 _RARE = 0.005  # the share of prior draws on either side that is clamped to the rest
@@ -21,6 +19,7 @@ IMPROPER_SCALE = 2.0  # of unconstrained sites with an improper prior
 _RUNS = 128  # of a model that gives one draw in each: enough for a centre and a spread
 
 
+@torch.no_grad()
 def prior_draws(density: LogJoint, count: int) -> Tensor | None:
     """Return unconstrained draws of the prior, ``(<= count, D)``, or None where there are none.
 
@@ -50,20 +49,15 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
     def draw_one_by_one() -> Tensor:
         return torch.stack([draw() for _ in range(min(count, _RUNS))])
 
-    z = _first_to_work(draw_at_once, draw_one_by_one)
+    z = None
+    for way in (draw_at_once, draw_one_by_one):  # the first that works
+        with contextlib.suppress(RuntimeError, TypeError, ValueError), unchecked():
+            z = way()
+            break
     found = None if z is None else without_extremes(z)
     if found is not None:
         density.check(found)
     return found
-
-
-@torch.no_grad()
-def _first_to_work(*ways: Callable[[], Tensor]) -> Tensor | None:
-    """Return draws by the first of some ways that works, or None where none does."""
-    for way in ways:
-        with contextlib.suppress(RuntimeError, TypeError, ValueError), unchecked():
-            return way()
-    return None
 
 
 def without_extremes(z: Tensor) -> Tensor | None:

@@ -1,18 +1,25 @@
-"""One run of a model that draws its data: what it observes, and what is refused of its sites."""
+r"""Runs of a model that draws its data: what it observes, and what is refused of its sites.
+
+Many are the lanes of one, under :func:`torch.func.vmap`, with other random numbers in each.
+"""
 
 import contextlib
+import math
+import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, Message
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from .._torch import broadcast_shapes, seeded, warn_user
+from .._torch import broadcast_shapes, is_functorch_tensor, seeded, warn_user
 from ..distributions.rounding import are_close
 from ..distributions.rows import as_tensor
 from .sites import (
@@ -29,6 +36,11 @@ from .sites import (
 _DENSITY = "log_prob of "  # before the name of a site, the key of its log density in an example
 # Rounding moves the density of values far larger than their deviations by more than the values.
 _VALUE_RTOL, _DENSITY_RTOL = 1e-5, 1e-3
+_T = TypeVar("_T")
+_IN_PLACE = {
+    Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.cauchy_, Tensor.bernoulli_,
+    Tensor.random_,
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -92,6 +104,64 @@ class Stop(Messenger):
         self.left.discard(str(msg["name"]))
         if not self.left:
             raise AllDrawn
+
+
+class DrawnInLanes(TorchFunctionMode):
+    """Draw random numbers in place for every lane of a vmap, also into tensors without lanes.
+
+    The call returns the drawn numbers; the original tensor cannot hold one value per lane, so it
+    is filled with NaN, and a run of a model that reads it counts as none.
+
+    Args:
+        lane: A scalar that is another in each lane.
+    """
+
+    def __init__(self, lane: Tensor) -> None:
+        super().__init__()
+        self.lane = lane
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> Tensor:
+        """Call a function of torch, one that draws in place on a copy with lanes."""
+        kwargs = kwargs or {}
+        if kwargs.get("generator") is not None:
+            # A run of its own draws the same from one that it seeds, each lane something else.
+            raise TypeError("expected draws from torch's global generator, got one of its own")
+        if func not in _IN_PLACE or is_functorch_tensor(args[0]):
+            return func(*args, **kwargs)
+        tensor, *others = args
+        if not tensor.is_floating_point():
+            raise TypeError(f"expected to draw into floating numbers, got {tensor.dtype}")
+        into = torch.zeros_like(tensor) + self.lane.to(tensor)
+        tensor.fill_(math.nan)
+        return func(into, *others, **kwargs)
+
+
+def state_of_others() -> tuple[object, ...]:
+    """Return the states of numpy's and Python's generators, from which all lanes draw at once."""
+    state: Any = np.random.get_state()  # a name, words, and where it is in them
+    return state[1].tobytes(), state[2:], random.getstate()
+
+
+def in_lanes(function: Callable[..., _T], count: int, *batches: Tensor | dict[str, Tensor]) -> _T:
+    """Return what a function returns in each lane of a vmap, all of them drawing other numbers.
+
+    Args:
+        function: Of one row of each of the batches.
+        count: The number of lanes.
+        *batches: Tensors, shape ``(count, *)``, or dictionaries of them.
+    """
+
+    def one(lane: Tensor, *rows: Tensor | dict[str, Tensor]) -> _T:
+        with DrawnInLanes(lane):
+            return function(*rows)
+
+    return torch.func.vmap(one, randomness="different")(torch.zeros(count), *batches)
 
 
 def check_rows_count(nodes: Nodes) -> None:

@@ -31,7 +31,6 @@ class SimulatedBatches:
         batches: What gives, each time it is gone through, ``(latents, data)``: two dictionaries by
             site, each value ``(B, *site_shape)``.
         simulator: The model, which knows the sites.
-        observed: The names of the sites that the latents are given.
         pack: From simulations to packed rows, ``(N, D)``, and contexts, ``(N, C)``.
 
     Attributes:
@@ -45,12 +44,10 @@ class SimulatedBatches:
             fewer than 10 finite simulations.
     """
 
-    def __init__(
-        self, batches: Iterable[Any], simulator: Simulator, observed: Iterable[str], pack: Pack
-    ) -> None:
+    def __init__(self, batches: Iterable[Any], simulator: Simulator, pack: Pack) -> None:
         check_again(batches)
         self.batches, self.simulator, self.pack = batches, simulator, pack
-        self.names = [*simulator.latents, *observed]
+        self.names = [*simulator.latents, *simulator.observed]
         self.count, self.improper, self.trained = 0, 0, 0
         first, total = [], 0
         for found in self._finite():

@@ -17,11 +17,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from .._package import check_ranges
 from .._torch import draws, seeded, warn_user
 from ..distributions.constraints import biject
 from ..distributions.supports import BijectiveSupport
-from .lanes import in_lanes, state_of_others
 from .runs import (
     AllDrawn,
     Stop,
@@ -31,15 +29,17 @@ from .runs import (
     check_names,
     check_reached,
     check_rows_count,
+    in_lanes,
     plate_nesting,
+    state_of_others,
 )
 from .simulations import Simulations, all_of, is_near
 from .sites import LatentSites, Nodes, check_fixed_support, extreme_rows, is_sampled, unchecked
 from .workers import called_in_workers
 
 _PROBES = 3  # simulations on which a plate is compared with single runs
-# They are taken from the first 16 simulations and the 256 with the most extreme numbers.
-_FIRST, _EXTREMES, _TRIED = 16, 256, 256
+# They are taken from the first 16 of 256 simulations and those with the most extreme numbers.
+_FIRST, _TRIED = 16, 256
 _VALUES_AT_ONCE = 2**22  # of all sites together
 _CALL = 16  # simulations, one by one, in one call, whatever the number of processes
 
@@ -124,7 +124,6 @@ class Simulator:
         Raises:
             ValueError: If none is finite.
         """
-        check_ranges(("at least one simulation", count >= 1, count))
         calls = self._calls(count, given)
         drawn: Iterable[Simulations] = (self._drawn(*call) for call in calls)
         if self.num_workers > 0 and self.batching == "loop":
@@ -289,7 +288,7 @@ class Simulator:
         """
         first = torch.arange(min(_FIRST, len(found.log_prior)))
         values = found.latents | found.data
-        extreme = extreme_rows([values[name] for name in self.sampled], _EXTREMES)
+        extreme = extreme_rows(values[name] for name in self.sampled)
         index = torch.cat((first.to(extreme), extreme))[: max(_PROBES, self.rows)]
         values, count = {name: value[index] for name, value in values.items()}, len(index)
         given = {name: values[name] for name in self.sampled}
@@ -481,11 +480,9 @@ class Simulator:
             values: Values of sites, each ``(*, *site_shape)``, that are not drawn then.
             latents_alone: Whether to stop the run once all latent sites have been drawn.
         """
-        model = self.model
-        if count is not None:
-            model = pyro.plate("_simulations", count, dim=-1 - self.nesting)(model)
-        given = {} if values is None else dict(values)
+        model, given = self.model, dict(values or {})
         if count is not None:  # to the left of all plates
+            model = pyro.plate("_simulations", count, dim=-1 - self.nesting)(model)
             for name, value in given.items():
                 ones = (1,) * (self.nesting - self.batch_dims[name])
                 given[name] = value.reshape(count, *ones, *value.shape[1:])

@@ -7,7 +7,7 @@ model, each through the bijection of its support.
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import pyro.distributions as dist
@@ -22,11 +22,14 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Transform, constraints, register_kl
+from torch.distributions import ComposeTransform, Transform, constraints, register_kl
 
+from .._package import check_ranges
 from .._torch import broadcast_shapes, is_functional
 from ..distributions.constraints import biject, innermost_constraint
+from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import pack, split, unpack
+from ..distributions.quasi_random import normal_points
 from ..distributions.rounding import are_close
 from ..distributions.rows import as_tensor
 from ..distributions.supports import OnEvents
@@ -36,6 +39,8 @@ Site = dict[str, Any]  # a site of a trace, Pyro's message
 Nodes = dict[str, Site]
 Model = Callable[..., Any]
 OWN_FACTOR = "_interpolant_jacobian"  # marks base space's own factors, which no user wrote
+SPREAD_DRAWS = 4096  # of a posterior, whose middle and quantiles are to be known
+_EXTREMES = 256  # rows with the most extreme numbers, in whose company others are evaluated
 
 
 @contextlib.contextmanager
@@ -380,18 +385,49 @@ def one_posterior(guide: AutoContinuous, *args: object, **kwargs: object) -> Any
     return posterior
 
 
-def extreme_rows(values: Iterable[Tensor], most: int) -> Tensor:
+def spread_of(posterior: InterpolantDistribution) -> Tensor:
+    """Return quasi-random draws, always the same, of a flow from N(0, I), shape ``(4096, D)``.
+
+    Raises:
+        ValueError: If it has a batch, of data sets.
+    """
+    check_one_data_set(posterior.batch_shape)
+    z = normal_points(posterior.transform.flow.loc, SPREAD_DRAWS)
+    return ComposeTransform(posterior.transforms)(z)
+
+
+def quantiles_of(draws: Tensor, levels: Sequence[float] | Tensor) -> Tensor:
+    """Return the quantiles of each number, shape ``(Q, *shape)``, of draws, ``(N, *shape)``.
+
+    Those of :func:`torch.quantile`, of any number of numbers.
+
+    Args:
+        draws: The draws.
+        levels: Q numbers between 0 and 1.
+
+    Raises:
+        ValueError: If one of them is not.
+    """
+    at = torch.as_tensor(levels, dtype=torch.float64, device=draws.device)
+    check_ranges(("quantiles between 0 and 1", bool(((at >= 0) & (at <= 1)).all()), levels))
+    ordered, place = draws.sort(0).values, at * (len(draws) - 1)
+    share = place.frac().reshape((*at.shape, *(1,) * (draws.dim() - 1)))
+    return torch.lerp(ordered[place.floor().long()], ordered[place.ceil().long()], share.to(draws))
+
+
+def extreme_rows(values: Iterable[Tensor]) -> Tensor:
     """Return the indices of rows in which a number is the greatest or the least of all rows.
+
+    Of 256 rows at most, those of the first numbers.
 
     Args:
         values: Rows, each ``(N, *)``.
-        most: Of how many rows at most, those of the first numbers.
     """
     found = []
     for value in values:
-        columns = value.reshape(len(value), -1)[:, :most].double()
+        columns = value.reshape(len(value), -1)[:, :_EXTREMES].double()
         found.append(torch.stack((columns.argmax(0), columns.argmin(0)), 1).flatten())
-    return torch.cat(found)[:most].unique()
+    return torch.cat(found)[:_EXTREMES].unique()
 
 
 def check_fixed_support(name: str, now: Tensor, known: Tensor) -> None:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.autograd.function import FunctionCtx
 
-    from ..infer.guide_result import GuideResult
+    from ..infer.importance_sampling import GuideResult
     from ..infer.smc.train import RoundsResult
     from ..training.fitting import FitResult
 
@@ -193,8 +193,7 @@ def fit_guide(
 
     from .. import distributions, transforms
     from ..infer import autoguide, train_from_density
-    from ..infer.guide_result import GuideResult
-    from ..infer.importance_sampling import importance_verdict
+    from ..infer.importance_sampling import GuideResult, importance_verdict
     from ..nn import VelocityMLP
     from ..training import fit
     from ..training.clock import Clock

@@ -28,7 +28,7 @@ from pyro_interpolant.infer.amortization import (
     truncated,
     verdict_of_amortised,
 )
-from pyro_interpolant.infer.hidden import is_hidden
+from pyro_interpolant.infer.data import is_hidden
 from pyro_interpolant.infer.simulation import Simulator
 from pyro_interpolant.infer.sites import LatentSites
 from pyro_interpolant.training.clock import Clock

@@ -45,8 +45,7 @@ from pyro_interpolant import (
     importance,
     log_joint,
 )
-from pyro_interpolant.infer.quantiles import quantiles_of, spread_of
-from pyro_interpolant.infer.sites import Image
+from pyro_interpolant.infer.sites import Image, quantiles_of, spread_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
 

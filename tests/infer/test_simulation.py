@@ -643,7 +643,7 @@ def test_latents_that_repeat_with_other_data_are_not_held_out():
     simulator = simulator_of(model)
     guide = guide_of(model)
     guide(torch.zeros(6))
-    found = SimulatedBatches(batches, simulator, ("y",), guide.rows_of)
+    found = SimulatedBatches(batches, simulator, guide.rows_of)
     assert sum(len(rows) for rows, _ in found) == 900
     assert found.trained == 900
 
@@ -660,7 +660,7 @@ def test_simulations_that_repeat_are_held_out_whatever_their_probability(step):
     guide = pi.AmortizedInterpolant(model, ("k",), hidden_dims=(8,))
     guide(torch.tensor(2.0))
     sites = LatentSites(guide, torch.tensor(2.0))
-    found = SimulatedBatches(batches, Simulator(sites, ("k",)), ("k",), guide.rows_of)
+    found = SimulatedBatches(batches, Simulator(sites, ("k",)), guide.rows_of)
     rows, context = (torch.cat(part) for part in zip(*found, strict=True))
     assert abs(len(found.held.log_prior) - 1000) < 20
     assert abs(len(rows) - 18_000) < 300
@@ -752,8 +752,7 @@ def test_the_gain_is_known_where_the_density_of_the_prior_is(is_told):
 def test_evidence_that_is_off_at_an_edge_is_told_of_a_data_set(monkeypatch):
     drawn = WeightedDraws(torch.zeros(1000, 1), torch.zeros(1000), 0.0, 0.0)
     for name, fake in (
-        ("_GivenData", lambda *args: None),
-        ("LogJoint", lambda sites: None),
+        ("LogJoint", lambda *args: None),
         ("importance_of", lambda *args: drawn),
         ("at_edges", lambda *args: "the evidence is lost"),
     ):
@@ -762,9 +761,10 @@ def test_evidence_that_is_off_at_an_edge_is_told_of_a_data_set(monkeypatch):
         SimpleNamespace(given=lambda c: SimpleNamespace(log_prob=None)),
         (torch.zeros(2, 1),) * 2,
     )
+    sites = SimpleNamespace(model=lambda: None)
     with pytest.warns(UserWarning, match="of one data set the evidence is lost"):
         found, _ = amortization._importance_of_data_sets(
-            posterior, SimpleNamespace(data={}), packed, None, Clock(None)
+            posterior, SimpleNamespace(data={}), packed, sites, Clock(None)
         )
     assert len(found) == 2
 

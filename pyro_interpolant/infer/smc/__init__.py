@@ -1,8 +1,8 @@
 r"""Sequential Monte Carlo with a flow: both learn an unnormalised density; no Pyro model is known.
 
 ``pathfinder`` finds where to begin, ``tempering`` carries particles from there to the target,
-``flow_proposal`` proposes to them by the flow, and ``train`` regresses the flow on them, round by
-round, and shares out the time.
+and ``train`` regresses the flow on them, proposes to them by the flow, round by round, and shares
+out the time.
 """
 
 from typing import TYPE_CHECKING

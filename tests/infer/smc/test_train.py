@@ -28,13 +28,8 @@ from pyro_interpolant.diagnostics.psis import (
     systematic_resampling,
     weighted_draws,
 )
-from pyro_interpolant.infer.regression import FlowRegression
-from pyro_interpolant.infer.schedule import RateSchedule
+from pyro_interpolant.infer.regression import FlowRegression, RateSchedule
 from pyro_interpolant.infer.smc import train
-from pyro_interpolant.infer.smc.flow_proposal import (
-    coarse_solver,
-    flow_proposal_step,
-)
 from pyro_interpolant.infer.smc.pathfinder import (
     StudentTMixture,
     _affordable,
@@ -43,7 +38,12 @@ from pyro_interpolant.infer.smc.pathfinder import (
     pathfinder,
 )
 from pyro_interpolant.infer.smc.tempering import HMCKernel, LogDensity, tempered_smc
-from pyro_interpolant.infer.smc.train import RoundsResult, train_from_density
+from pyro_interpolant.infer.smc.train import (
+    RoundsResult,
+    coarse_solver,
+    flow_proposal_step,
+    train_from_density,
+)
 from pyro_interpolant.training.clock import Clock
 from pyro_interpolant.training.rows import Rows
 
