@@ -233,7 +233,8 @@ def neutra(guide: AutoInterpolant) -> Callable[..., Any]:
     Raises:
         TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro.
         ValueError: If it is not trained; when the model runs, if it has not the latent sites that
-            the guide has seen, or draws one inside NumPyro's ``scan`` or ``cond``.
+            the guide has seen, draws one inside NumPyro's ``scan`` or ``cond``, or gives one its
+            value by a ``substitute`` of its own.
 
     References:
         Hoffman et al., *NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural
@@ -308,8 +309,10 @@ class _Images(Reparam):
             )
         if _is_drawn(site):
             raise ValueError(
-                f"site {site['name']!r} is inside scan or cond, where it cannot be replaced: "
-                "sample the model itself, NUTS(model), or base_space(model)"
+                f"site {site['name']!r} has its value already, inside scan or cond or by "
+                "substitute inside of the model, and cannot be replaced: sample the model itself, "
+                "NUTS(model), or base_space(model); a value that is to stay is given by "
+                "handlers.condition"
             )
         self.shape = draws_of(site)
         return self

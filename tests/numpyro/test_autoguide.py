@@ -625,10 +625,17 @@ def in_cond():
     cond(True, *[lambda _: numpyro.sample("x", dist.Normal())] * 2, None)  # noqa: FBT003
 
 
-@pytest.mark.parametrize("model", slow_but([in_scan, in_cond], in_cond))
-def test_sites_inside_control_flow_have_no_base_space_of_a_guide(model):
+@handlers.substitute(data={"x": jnp.zeros(())})
+def in_substitute():
+    numpyro.sample("x", dist.Normal())
+
+
+@pytest.mark.filterwarnings("ignore:.*skipping initialization of site")
+@pytest.mark.parametrize("model", slow_but([in_scan, in_cond, in_substitute], in_cond))
+def test_sites_that_have_their_values_have_no_base_space_of_a_guide(model):
     guide, _, _ = known_guide(model)
-    with pytest.raises(ValueError, match=r"site 'x' is inside scan or cond, .* NUTS\(model\)"):
+    message = r"'x' has its value already, inside scan or cond or by substitute .* NUTS\(model\)"
+    with pytest.raises(ValueError, match=message):
         handlers.seed(neutra(guide), KEY)()
 
 
