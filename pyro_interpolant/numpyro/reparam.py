@@ -24,12 +24,12 @@ from numpyro.primitives import _PYRO_STACK, get_mask
 from numpyro.util import not_jax_tracer
 
 from .autoguide import AutoInterpolant, check_guide
-from .bases import Planar, directions, in_planes
+from .bases import Planar, directions, in_planes, unwrapped
 from .distributions import InterpolantDistribution
 from .given import is_given
 from .log_density import check_fixed_shape, draws_of
 from .supports import CIRCULAR, Bijection, forward, per_event
-from .validity import WRAPPERS, is_valid, log_prob_left_out, without_masks
+from .validity import is_valid, log_prob_left_out, without_masks
 
 __all__ = ["base_space", "neutra"]
 
@@ -186,8 +186,7 @@ def _is_drawn(site: dict[str, Any]) -> bool:
 
 def _flow_in(fn: dist.Distribution) -> InterpolantDistribution | None:
     """Return the flow inside ``expand``, ``to_event`` and ``mask``, or None."""
-    while isinstance(fn, WRAPPERS):
-        fn = fn.base_dist
+    fn = unwrapped(fn)
     return fn if isinstance(fn, InterpolantDistribution) else None
 
 

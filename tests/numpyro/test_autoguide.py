@@ -36,7 +36,7 @@ from pyro_interpolant.numpyro import autoguide as module
 from pyro_interpolant.numpyro import importance_sampling as sampling
 from pyro_interpolant.numpyro.importance_sampling import _both_ways, _weighed
 from pyro_interpolant.numpyro.log_density import check_random_numbers
-from pyro_interpolant.numpyro.validity import log_prob_left_out
+from pyro_interpolant.numpyro.validity import is_valid, log_prob_left_out
 from pyro_interpolant.training.clock import Clock
 
 KEY = jax.random.key(0)
@@ -521,6 +521,21 @@ def test_what_validation_refuses_has_no_density(name):
     with numpyro.validation_enabled(is_validate=False):
         found = densities(model, [[-2.0], [0.2], [2.0]])
     assert (found > -jnp.inf).tolist() == there
+
+
+class Directions(dist.Distribution):
+    """Angles of any number of turns, as a distribution of one's own may have for parameters."""
+
+    arg_constraints = {"loc": dist.constraints.independent(dist.constraints.circular, 1)}
+    support = dist.constraints.real_vector
+
+    def __init__(self, loc):
+        self.loc = loc
+        super().__init__((), jnp.shape(loc), validate_args=False)
+
+
+def test_of_angles_that_are_parameters_none_is_out_of_range():
+    assert is_valid(Directions(jnp.array([4.0, 0.0])), None) is True
 
 
 def a_row_masked_out():
