@@ -185,14 +185,26 @@ def _in_front(base: dist.Distribution, ones: int) -> dist.Distribution:
     return new
 
 
+def unwrapped(fn: Any) -> Any:
+    """Return the distribution inside ``expand``, ``to_event`` and ``mask``."""
+    while isinstance(fn, WRAPPERS):
+        fn = fn.base_dist
+    return fn
+
+
+def innermost_constraint(constraint: constraints.Constraint) -> constraints.Constraint:
+    """Return the constraint on the smallest events, of those independent."""
+    while isinstance(constraint, type(constraints.independent(constraints.real, 1))):
+        constraint = constraint.base_constraint
+    return constraint
+
+
 def base_log_prob(base: dist.Distribution, x: Array) -> Array:
     """Return the log-density of a base, shape ``(*)``, of real vectors, shape ``(*, D)``.
 
     It is ``-inf`` outside the base's support, where solving back from data may end.
     """
-    end = base.support
-    while isinstance(end, type(constraints.independent(constraints.real, 1))):
-        end = end.base_constraint
+    end = innermost_constraint(base.support)
     if isinstance(end, type(constraints.circular)) or end == OnEvents(CIRCULAR):
         return base.log_prob(Wrap()(x))
     x = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, base.batch_shape + base.event_shape))
@@ -218,9 +230,7 @@ def _inside(base: dist.Distribution, x: Array) -> tuple[Array, Array] | None:
     Returns:
         Both, or None where all values may be.
     """
-    inner = base
-    while isinstance(inner, WRAPPERS):
-        inner = inner.base_dist
+    inner = unwrapped(base)
     if type(inner).log_prob is not dist.TransformedDistribution.log_prob:  # a formula of its own
         return _inside_support(base.support, x)
     y, event_dim, within = x, base.event_dim, list[Array]()
@@ -268,9 +278,7 @@ def _flat(transforms: Sequence[maps.Transform]) -> list[maps.Transform]:
 
 def _inside_support(support: constraints.Constraint, x: Array) -> tuple[Array, Array] | None:
     """Return which values are in a support, and some that are, or None where all may be."""
-    end = support
-    while isinstance(end, type(constraints.independent(constraints.real, 1))):
-        end = end.base_constraint
+    end = innermost_constraint(support)
     if isinstance(end, type(constraints.real) | type(constraints.real_vector) | OnEvents):
         return None  # flows know their own
     return jnp.asarray(support(x)), support.feasible_like(x)

@@ -24,12 +24,12 @@ from numpyro.primitives import _PYRO_STACK, get_mask
 from numpyro.util import not_jax_tracer
 
 from .autoguide import AutoInterpolant, check_guide
-from .bases import Planar, directions, in_planes
+from .bases import Planar, directions, in_planes, unwrapped
 from .distributions import InterpolantDistribution
 from .given import is_given
 from .log_density import check_fixed_shape, draws_of
 from .supports import CIRCULAR, Bijection, forward, per_event
-from .validity import WRAPPERS, is_valid, log_prob_left_out, without_masks
+from .validity import is_valid, log_prob_left_out, without_masks
 
 __all__ = ["base_space", "neutra"]
 
@@ -186,8 +186,7 @@ def _is_drawn(site: dict[str, Any]) -> bool:
 
 def _flow_in(fn: dist.Distribution) -> InterpolantDistribution | None:
     """Return the flow inside ``expand``, ``to_event`` and ``mask``, or None."""
-    while isinstance(fn, WRAPPERS):
-        fn = fn.base_dist
+    fn = unwrapped(fn)
     return fn if isinstance(fn, InterpolantDistribution) else None
 
 
@@ -233,7 +232,8 @@ def neutra(guide: AutoInterpolant) -> Callable[..., Any]:
     Raises:
         TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro.
         ValueError: If it is not trained; when the model runs, if it has not the latent sites that
-            the guide has seen, or draws one inside NumPyro's ``scan`` or ``cond``.
+            the guide has seen, draws one inside NumPyro's ``scan`` or ``cond``, or gives one its
+            value by a ``substitute`` of its own.
 
     References:
         Hoffman et al., *NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural
@@ -308,8 +308,10 @@ class _Images(Reparam):
             )
         if _is_drawn(site):
             raise ValueError(
-                f"site {site['name']!r} is inside scan or cond, where it cannot be replaced: "
-                "sample the model itself, NUTS(model), or base_space(model)"
+                f"site {site['name']!r} has its value already, inside scan or cond or by "
+                "substitute inside of the model, and cannot be replaced: sample the model itself, "
+                "NUTS(model), or base_space(model); a value that is to stay is given by "
+                "handlers.condition"
             )
         self.shape = draws_of(site)
         return self

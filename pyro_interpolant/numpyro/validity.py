@@ -13,7 +13,7 @@ import numpyro.distributions as dist
 from jax import Array
 from numpyro.distributions import constraints
 
-from .bases import WRAPPERS
+from .bases import WRAPPERS, innermost_constraint
 from .distributions import InterpolantDistribution
 
 # Constraints of all numbers or angles, of which nothing is known, or that rounding breaks.
@@ -130,7 +130,7 @@ def _in_range(fn: Any) -> Array | bool:
         return found
     known = getattr(fn, "arg_constraints", {})  # those of other libraries have none
     for name, constraint in known.items():
-        if isinstance(_innermost(constraint), _ALWAYS) or constraint.event_dim > 1:
+        if isinstance(innermost_constraint(constraint), _ALWAYS) or constraint.event_dim > 1:
             continue
         number = fn.__dict__.get(name)
         # Some keep them in a part; a lazy one is another parameter, which is there, in new words.
@@ -139,13 +139,6 @@ def _in_range(fn: Any) -> Array | bool:
         if number is not None:
             found = found & _of_batch(_checked(constraint, jnp.asarray(number)), fn)
     return found
-
-
-def _innermost(constraint: constraints.Constraint) -> constraints.Constraint:
-    """Return the constraint on the smallest events, of those independent."""
-    while isinstance(constraint, type(constraints.real_vector)):
-        constraint = constraint.base_constraint
-    return constraint
 
 
 def _checked(constraint: constraints.Constraint, number: Array) -> Array:

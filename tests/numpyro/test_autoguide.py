@@ -36,7 +36,7 @@ from pyro_interpolant.numpyro import autoguide as module
 from pyro_interpolant.numpyro import importance_sampling as sampling
 from pyro_interpolant.numpyro.importance_sampling import _both_ways, _weighed
 from pyro_interpolant.numpyro.log_density import check_random_numbers
-from pyro_interpolant.numpyro.validity import log_prob_left_out
+from pyro_interpolant.numpyro.validity import is_valid, log_prob_left_out
 from pyro_interpolant.training.clock import Clock
 
 KEY = jax.random.key(0)
@@ -523,6 +523,21 @@ def test_what_validation_refuses_has_no_density(name):
     assert (found > -jnp.inf).tolist() == there
 
 
+class Directions(dist.Distribution):
+    """Angles of any number of turns, as a distribution of one's own may have for parameters."""
+
+    arg_constraints = {"loc": dist.constraints.independent(dist.constraints.circular, 1)}
+    support = dist.constraints.real_vector
+
+    def __init__(self, loc):
+        self.loc = loc
+        super().__init__((), jnp.shape(loc), validate_args=False)
+
+
+def test_of_angles_that_are_parameters_none_is_out_of_range():
+    assert is_valid(Directions(jnp.array([4.0, 0.0])), None) is True
+
+
 def a_row_masked_out():
     x = numpyro.sample("x", dist.Normal())
     with numpyro.plate("rows", 2), handlers.mask(mask=SEEN):
@@ -625,10 +640,17 @@ def in_cond():
     cond(True, *[lambda _: numpyro.sample("x", dist.Normal())] * 2, None)  # noqa: FBT003
 
 
-@pytest.mark.parametrize("model", slow_but([in_scan, in_cond], in_cond))
-def test_sites_inside_control_flow_have_no_base_space_of_a_guide(model):
+@handlers.substitute(data={"x": jnp.zeros(())})
+def in_substitute():
+    numpyro.sample("x", dist.Normal())
+
+
+@pytest.mark.filterwarnings("ignore:.*skipping initialization of site")
+@pytest.mark.parametrize("model", slow_but([in_scan, in_cond, in_substitute], in_cond))
+def test_sites_that_have_their_values_have_no_base_space_of_a_guide(model):
     guide, _, _ = known_guide(model)
-    with pytest.raises(ValueError, match=r"site 'x' is inside scan or cond, .* NUTS\(model\)"):
+    message = r"'x' has its value already, inside scan or cond or by substitute .* NUTS\(model\)"
+    with pytest.raises(ValueError, match=message):
         handlers.seed(neutra(guide), KEY)()
 
 

@@ -385,6 +385,14 @@ def test_many_rows_in_chunks(twin, monkeypatch):
     _solve.clear_cache()
 
 
+@pytest.mark.parametrize("way", ["__call__", "_inverse"])
+def test_of_a_path_without_its_density_the_end_alone_is_held(way, twin):
+    """Its 16 stages side by side would be as many times the draws."""
+    transform, w = twin(plain(32).freeze()).transform, jnp.zeros((1000, 32))
+    compiled = jax.jit(lambda w: getattr(transform, way)(w)).lower(w).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * w.nbytes
+
+
 # ---- float32 ------------------------------------------------------------------------------------
 
 
