@@ -56,6 +56,12 @@ def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
                 f"expected {name} of numbers, got an array of {x.dtype}: write labels as whole "
                 "numbers, numpy.unique(labels, return_inverse=True)[1]"
             ) from error
+        if isinstance(x, np.ndarray):
+            fields = "numpy.lib.recfunctions.structured_to_unstructured(x)"
+            raise TypeError(
+                f"expected {name} of a type that torch has, got an array of {x.dtype}: pass "
+                f"{fields if x.dtype.names else 'x.astype(float)'}"
+            ) from error
         raise TypeError(
             f"expected {name} to be a tensor or an array, got {type(x).__name__}: {error}"
         ) from error
@@ -263,8 +269,9 @@ def _from_frame(x: Any, name: str) -> np.ndarray:
     if values.dtype.kind not in "biuf" or are_times:
         raise TypeError(
             f"expected {name} of columns of numbers, got types {kinds}: leave other columns out, "
-            "or write categories as whole numbers, column.cat.codes, or, as contexts beside "
-            "numbers, as columns of 0 and 1, pandas.get_dummies(frame, dtype=float)"
+            "or write numbers of type object as such, column.astype(float), categories as whole "
+            "numbers, column.cat.codes, or, as contexts beside numbers, as columns of 0 and 1, "
+            "pandas.get_dummies(frame, dtype=float)"
         )
     return values
 

@@ -352,7 +352,7 @@ def trainable_flow(distribution: AnyDistribution) -> Flow:
     if torch.finfo(loc.dtype).bits < 32:
         raise TypeError(
             f"expected a flow in float32 or float64, got {loc.dtype}, of too few bits to train: "
-            "distribution.to(torch.float32), or from_samples(x.float())"
+            "distribution.to(torch.float32), or from_samples(torch.as_tensor(x).float())"
         )
     if any(p.is_inference() for p in transform.flow.state_dict(keep_vars=True).values()):
         raise ValueError(

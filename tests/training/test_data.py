@@ -66,6 +66,16 @@ ERRORS = {
         TypeError,
         r"things of numbers, got an array of object.*numpy\.unique",
     ),
+    "dates": (
+        lambda: np.zeros((3, 2), "datetime64[D]"),
+        TypeError,
+        r"type that torch has, got an array of datetime64\[D\]: pass x\.astype",
+    ),
+    "named fields": (
+        lambda: np.zeros(3, [("a", float), ("b", float)]),
+        TypeError,
+        r"got an array of \[\('a', .*: pass numpy\.lib\.recfunctions",
+    ),
     "text": (lambda: "abc", TypeError, "things to be a tensor or an array, got str"),
     "objects": (lambda: [object()], TypeError, "tensor or an array, got list"),
 }
