@@ -39,7 +39,6 @@ from .objective import Objective
 from .paths import Points
 from .repeats import random_order
 from .rows import Rows, checked_weights, drop_zero_weights
-from .survey import HeldOutKeys, Surveyed
 from .whitening import warn_if_coarse
 
 DataLike = RowsLike | Iterable[Any]  # or batches: of rows, of (rows, contexts), with weights
@@ -61,18 +60,12 @@ class Split(NamedTuple):
         total: The number of the others, of rows that weigh as much; infinite where nobody counted
             a stream.
         size: Rows per batch and coupling.
-        mean_weight: The mean weight of a row of a stream.
-        held_keys: Which rows of a stream are held out; None where the user gave those.
-        surveyed: What a first pass over a stream went through.
     """
 
     held: Rows
     kept: Rows
     total: float
     size: int
-    mean_weight: float = 1.0
-    held_keys: HeldOutKeys | None = None
-    surveyed: Surveyed | None = None
 
     def everything(self) -> Rows:
         """Return as many rows as are kept and held out: all of them, or drawn by weight."""
