@@ -118,7 +118,7 @@ class Stream:
         self.parts = 1 + isinstance(distribution, ConditionalInterpolantDistribution)
         self.share = validation if isinstance(validation, float) else None
         self.names, self.given_names = Names.of(distribution), Names()
-        self.renews, self.forgets = anew, distribution.report is not None  # names, by the data
+        self.is_named = False  # by the first rows that came
         self.weighted: bool | None = None  # whether batches have weights; not known before one
         self.surveyed: Surveyed | None = None
         self.mean_weight = 1.0
@@ -190,9 +190,11 @@ class Stream:
 
     def _name(self, rows: object, context: object = None) -> None:
         """Take the names of the first rows and contexts, and of others where there are none."""
-        if self.renews:
-            self.names = self.names.renewed(rows, context, forget=self.forgets)
-        self.names, self.renews = self.names.filled(rows, context), False
+        if self.is_named:
+            self.names = self.names.filled(rows, context)
+        else:
+            self.names = Names.for_training(self.distribution, rows, context, anew=self.anew)
+        self.is_named = True
 
     def split(
         self,
