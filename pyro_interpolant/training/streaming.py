@@ -393,8 +393,7 @@ class StreamBatches:
         self.stream, self.objective = stream, objective
         size, self.total = split.size, split.total
         self.size = size - size % _ROW_MULTIPLE if size > _ROW_MULTIPLE else size
-        self.pool: Rows | None = None
-        self.used = 0  # of its rows
+        self.pool: Rows | None = None  # the rows that have come and are still to be used
         self.present: Iterator[Any] | None = None
         self.device = stream.like.device
         self.position, self.found, self.generator = 0, 0, rng_state(self.device)
@@ -411,14 +410,12 @@ class StreamBatches:
             ValueError: If a batch cannot work, or a pass gives no rows.
         """
         pool, self.pool = self.pool, None
-        while pool is None or len(pool.w) - self.used < self.size:
+        while pool is None or len(pool.w) < self.size:
             rows = self._from_stream()
-            pool = rows if pool is None else Rows.joined([pool.rest(self.used), rows])
-            self.used = 0
+            pool = rows if pool is None else Rows.joined([pool, rows])
+        self.pool = pool.rest(self.size)
         # Shuffled, because consecutive rows share a time and the stream may be sorted.
-        places = self.used + torch.randperm(self.size).to(pool.w.device)
-        self.pool, self.used = pool, self.used + self.size
-        return pool.take(places)
+        return pool.take(torch.randperm(self.size).to(pool.w.device))
 
     def _from_stream(self) -> Rows:
         for _ in range(_MOST_EMPTY_BATCHES):
@@ -462,10 +459,9 @@ class StreamBatches:
         """Return the state as tensors and numbers."""
         tensors = {"pass": self.generator}
         if self.pool is not None:
-            rest = self.pool.rest(self.used)
-            tensors["pool.w"] = rest.w
-            if rest.context is not None:
-                tensors["pool.c"] = rest.context
+            tensors["pool.w"] = self.pool.w
+            if self.pool.context is not None:
+                tensors["pool.c"] = self.pool.context
         owner = self.stream.state_owner()
         own = None if owner is None else to_json(owner.state_dict(), tensors, "stream")
         began = self.present is not None
