@@ -15,7 +15,7 @@ from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import Report
 from ..solvers.ode import FixedGrid
 from ..training.clock import Clock
-from ..training.reporting import PercentBar, stage, tell
+from ..training.reporting import Show, percent_bar, stage, tell
 from ..training.rows import Rows
 from ..training.selection import Scores, Selection
 from .latents import by_sets, chunks, draw_latents, given
@@ -381,9 +381,9 @@ def learn(
     with seeded(seed), torch.no_grad():
         with trainable(distribution.transform.flow.velocity):
             run = ExpectationMaximization(distribution, catalogue, held, steps, clock)
-            with PercentBar("rounds", progress=progress) as bar:
+            with percent_bar("rounds", progress=progress) as show:
                 try:
-                    _go_through_rounds(run, bar)
+                    _go_through_rounds(run, show)
                     run.end()
                 finally:
                     run.regression.use(run.kept_weights)
@@ -392,12 +392,12 @@ def learn(
         _finish(run, spent, progress=progress)
 
 
-def _go_through_rounds(run: ExpectationMaximization, bar: PercentBar) -> None:
+def _go_through_rounds(run: ExpectationMaximization, show: Show) -> None:
     """Go through all rounds of a run, or as many as there are before it is interrupted."""
     try:
         while run.done() < 1:
             run.round()
-            bar.show(run.done(), f"{_EVIDENCE}={-run.selection.best:.4g}")
+            show(run.done(), f"{_EVIDENCE}={-run.selection.best:.4g}")
     except KeyboardInterrupt:
         warn_user("the run was interrupted: the best weights so far were kept")
 

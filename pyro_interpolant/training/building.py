@@ -351,12 +351,9 @@ def _transform(
         path = Linear()
     # Copied, for a network may be wanted for other data, too, and is trained from where it is.
     velocity = new_network(space, rows, sizes) if network is None else copied(network)
-    if not are_images(rows):
-        return kind(velocity, size, interpolant=path).to(like)
-    choices: dict[str, Any] = {
-        "divergence": HutchinsonDivergence(),
-        "whitening": ScalarWhitening(size),
-    }
+    choices: dict[str, Any] = {}
+    if are_images(rows):
+        choices = {"divergence": HutchinsonDivergence(), "whitening": ScalarWhitening(size)}
     return kind(velocity, size, interpolant=path, **choices).to(like)
 
 
@@ -445,14 +442,13 @@ def _with_map(
     """
     check_ranges(flag("marginals", marginals, or_none=True))
     fixed = any(fit_options.get(name) is not None for name in ("base_samples", "pairs"))
-    if streamed or are_images(rows) or isinstance(space, CircularSupport) or fixed:
-        if marginals:
-            raise ValueError(
-                "expected marginals=True beside a table of rows that are no angles or images, "
-                "without pairs or base_samples"
-            )
-        return space.constraint, fit_options
-    if marginals is False:
+    fixed = fixed or streamed or are_images(rows) or isinstance(space, CircularSupport)
+    if marginals and fixed:
+        raise ValueError(
+            "expected marginals=True beside a table of rows that are no angles or images, "
+            "without pairs or base_samples"
+        )
+    if fixed or marginals is False:
         return space.constraint, fit_options
     weights = checked_weights(fit_options.get("weights"), len(rows))
     real = space.unconstrained(rows)
@@ -484,7 +480,7 @@ def _held_out(real: Tensor, context: Tensor | None, fit_options: dict[str, Any])
         context: Their contexts, shape ``(N, C)``, or None.
         fit_options: Passed to :func:`fit`.
     """
-    share = fit_options.get("validation", DEFAULT_SHARE)
+    share = fit_options["validation"]
     mask = mask_of(share)
     if mask is not None:
         return checked_mask(mask, len(real)).to(real.device)

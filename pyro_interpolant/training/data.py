@@ -39,7 +39,6 @@ from .objective import Objective
 from .paths import Points
 from .repeats import random_order
 from .rows import Rows, checked_weights, drop_zero_weights
-from .survey import HeldOutKeys, Surveyed
 from .whitening import warn_if_coarse
 
 DataLike = RowsLike | Iterable[Any]  # or batches: of rows, of (rows, contexts), with weights
@@ -61,18 +60,12 @@ class Split(NamedTuple):
         total: The number of the others, of rows that weigh as much; infinite where nobody counted
             a stream.
         size: Rows per batch and coupling.
-        mean_weight: The mean weight of a row of a stream.
-        held_keys: Which rows of a stream are held out; None where the user gave those.
-        surveyed: What a first pass over a stream went through.
     """
 
     held: Rows
     kept: Rows
     total: float
     size: int
-    mean_weight: float = 1.0
-    held_keys: HeldOutKeys | None = None
-    surveyed: Surveyed | None = None
 
     def everything(self) -> Rows:
         """Return as many rows as are kept and held out: all of them, or drawn by weight."""
@@ -151,20 +144,18 @@ class Table:
                 )
         found = found._replace(partner=pairs, weight=checked_weights(weights, count))
         self.share = validation if isinstance(validation, float) else None
-        self.mask = None if mask is None else checked_mask(mask, count)
         self.held = 0  # how many, where no mask says which
+        self.mask: Tensor | None = None
         if self.share is not None:
-            self.held = rows_held(self.share, count)
-            if self.has_images:
-                self.held = min(self.held, most_held(size))
-            if self.held >= count:
-                raise ValueError(
-                    f"expected rows to train on besides {self.held} held out, got {count} in all, "
-                    "of positive weight: get more data"
-                )
-        elif self.mask is None and validation is not None:
-            own = held_out_rows(distribution, validation, self.names, self.given_names)
-            self.held, found = len(own.w), _with_given(found, own)
+            most = most_held(size) if self.has_images else count
+            self.held = _held_of_share(self.share, count, most)
+        elif mask is not None:
+            self.mask = checked_mask(mask, count)
+        else:
+            if validation is not None:
+                own = held_out_rows(distribution, validation, self.names, self.given_names)
+                found = _with_given(found, own)
+            self.mask = torch.arange(len(found.w)) >= count
         self.rows = found.to(self.like.device)
         self.checksum = checksum(self.rows)
 
@@ -189,16 +180,13 @@ class Table:
         Raises:
             ValueError: If the batch size is below 1 or above the number of training rows.
         """
-        if self.mask is not None:
-            mask = self.mask.to(self.rows.w.device)
-            parts = mask, ~mask
-            held, kept = (self.rows.take(part.nonzero().flatten()) for part in parts)
+        if self.mask is None:
+            order, count = random_order(self.rows, self.held)
         else:
-            order, count = torch.arange(len(self.rows.w)).roll(self.held), self.held
-            if self.share is not None:
-                order, count = random_order(self.rows, self.held)
-            order = order.to(self.rows.w.device)
-            held, kept = self.rows.take(order[:count]), self.rows.take(order[count:])
+            order = torch.cat((self.mask.nonzero(), (~self.mask).nonzero())).flatten()
+            count = int(self.mask.sum())
+        order = order.to(self.rows.w.device)
+        held, kept = self.rows.take(order[:count]), self.rows.take(order[count:])
         available = len(kept.w) // process.world
         if batch_size is not None and batch_size not in range(1, available + 1):
             raise ValueError(
@@ -357,6 +345,21 @@ def rows_of(
 def rows_held(share: float, count: int) -> int:
     """Return how many of N rows a share to hold out are."""
     return max(1, round(share * count))
+
+
+def _held_of_share(share: float, count: int, most: int) -> int:
+    """Return how many of N rows a share to hold out are, at most so many.
+
+    Raises:
+        ValueError: If none is left to train on.
+    """
+    held = min(rows_held(share, count), most)
+    if held >= count:
+        raise ValueError(
+            f"expected rows to train on besides {held} held out, got {count} in all, of positive "
+            "weight: get more data"
+        )
+    return held
 
 
 def as_held_out(validation: Any) -> HeldOut:

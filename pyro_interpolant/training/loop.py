@@ -25,7 +25,7 @@ from .optimization import (
     numbered,
 )
 from .paths import Points
-from .reporting import HeldOutDensity, PercentBar, tell
+from .reporting import HeldOutDensity, Show, percent_bar, tell
 from .selection import Scores, Selection, rises
 from .streaming import StreamBatches
 from .threads import Threads
@@ -344,11 +344,11 @@ class Run:
             NonFiniteError: If gradients stay non-finite; the weights kept are in the network.
             KeyboardInterrupt: If one meets one of several processes; the same holds.
         """
-        hidden = not progress or self.process.rank > 0
-        with PercentBar("fit", self.done, progress=not hidden) as bar:
+        progress = progress and self.process.rank == 0
+        with percent_bar("fit", self.done, progress=progress) as show:
             try:
                 self.threads.settle()
-                self._go(bar)
+                self._go(show)
                 if self.descent.is_stuck():
                     self._look_back()
             except KeyboardInterrupt:
@@ -363,7 +363,7 @@ class Run:
             self.descent.check()
             self.monitor.check()
             if self.done < 1:
-                self._say_why(bar)
+                self._say_why(progress=progress)
 
     def outcome(self) -> tuple[Any, ...]:
         """Return what :class:`~pyro_interpolant.training.FitResult` says, all but the solver."""
@@ -380,15 +380,15 @@ class Run:
         """Return the present learning rate."""
         return self.schedule.rate(self.done, self.descent.steps, self.begun)
 
-    def _go(self, bar: PercentBar) -> None:
-        """Take steps to the end, and write the state when it is due."""
+    def _go(self, show: Show) -> None:
+        """Take steps to the end, show what looks see, and write the state when it is due."""
         going = self.done < 1 and self.ended == "schedule"
         while going:
             before = self.next_look
             going = self._advance()
             looked = self.next_look > before
             if looked:
-                bar.show(self.done, self.monitor.text(self.rate(), self.descent.skipped))
+                show(self.done, self.monitor.text(self.rate(), self.descent.skipped))
             if self.checkpoint is not None:
                 every = self.checkpoint.every
                 due = looked if every is None else not self.descent.steps % every
@@ -442,15 +442,15 @@ class Run:
         if self.descent.steps not in self.monitor.steps[-1:]:
             self.monitor.look(self.descent.steps, self.rate(), self.seconds())
 
-    def _say_why(self, bar: PercentBar) -> None:
-        """Say that a run stopped early, and why, beside the bar and in the log."""
+    def _say_why(self, *, progress: bool) -> None:
+        """Say that a run stopped early, and why, in the log and beside a bar."""
         kept = self.monitor.selection.kept_step
         text = (
             f"fit stopped early at step {self.descent.steps}, {100 * self.done:.0f}% of its "
             f"schedule, by {self.ended}: the weights of step {kept} were kept"
         )
         _log.info(text)
-        if not bar.disable:
+        if progress:
             tell(text)
 
     def save(self, checkpoint: Checkpoint) -> None:

@@ -36,47 +36,35 @@ class Names(NamedTuple):
 
     @classmethod
     def for_training(
-        cls, distribution: AnyDistribution, data: object, context: object, *, anew: bool
+        cls, distribution: AnyDistribution, rows: object, context: object, *, anew: bool
     ) -> "Names":
         """Return the names that a distribution has, or, where it has none, those of data frames.
 
         Args:
             distribution: What is trained.
-            data: What it is trained on.
-            context: Their contexts, or None.
+            rows: Rows that it is trained on, a data frame or not.
+            context: Their contexts, a data frame or not, or None.
             anew: Whether a new map is set from the data: other names of theirs then take the place
                 of those known, and those that an earlier run has left are forgotten where the data
-                have none.
+                have none. The same names stay in the order known, which supports and bases have.
         """
-        known = cls.of(distribution)
-        if anew:
-            known = known.renewed(data, context, forget=distribution.report is not None)
-        return known.filled(data, context)
-
-    def filled(self, rows: object, context: object = None) -> "Names":
-        """Return these names, and those of data frames where there were none yet."""
-        new = names_of(rows) if self.sites is None else ()
-        return Names(self.rows or new, self.contexts or names_of(context), self.sites)
-
-    def renewed(self, rows: object, context: object = None, *, forget: bool) -> "Names":
-        """Return the names of data frames, in the order of these where they are the same.
-
-        For supports and bases have their columns in that order.
-
-        Args:
-            rows: Rows, a data frame or not.
-            context: Contexts, a data frame or not, or None.
-            forget: Whether there are none where rows, or contexts, have none; else these stay.
-        """
+        known, forget = cls.of(distribution), distribution.report is not None
+        if not anew:
+            return known.filled(rows, context)
 
         def chosen(known: tuple[str, ...], new: tuple[str, ...]) -> tuple[str, ...]:
             if not new:
                 return () if forget else known
             return known if sorted(known) == sorted(new) else new
 
-        of_rows = names_of(rows) if self.sites is None else ()
-        contexts = chosen(self.contexts, names_of(context))
-        return Names(chosen(self.rows, of_rows), contexts, self.sites)
+        of_rows = names_of(rows) if known.sites is None else ()
+        contexts = chosen(known.contexts, names_of(context))
+        return cls(chosen(known.rows, of_rows), contexts, known.sites)
+
+    def filled(self, rows: object, context: object = None) -> "Names":
+        """Return these names, and those of data frames where there were none yet."""
+        new = names_of(rows) if self.sites is None else ()
+        return Names(self.rows or new, self.contexts or names_of(context), self.sites)
 
     def ordered(
         self,

@@ -29,6 +29,8 @@ from .repeats import copy_keys
 from .rows import Rows
 from .selection import Scores
 
+Show = Callable[[float, str], None]  # advances a bar to a share, with a few words beside it
+
 _REPORTED_ROWS = 1000  # held out, that the report evaluates
 _FIRST_ROWS = 100  # of them, however short the time
 # Held out, that judge weights in a run: rows, and numbers in all, as a density of D columns takes
@@ -236,25 +238,28 @@ def _scores(distribution: AnyDistribution, rows: Rows) -> Scores:
     return Scores(-log_density(distribution, rows), shares_of(rows.w, rows.weight), groups)
 
 
-class PercentBar(tqdm):
-    """A bar of the share of a run that is done, in per cent.
+@contextlib.contextmanager
+def percent_bar(name: str, done: float = 0.0, *, progress: bool) -> Iterator[Show]:
+    """Show a bar of the share of a run that is done, in per cent, while it runs.
 
     Args:
         name: What runs.
         done: The share that is done already.
         progress: Whether to show it.
+
+    Yields:
+        What advances the bar to the share that is done, with a few words beside it.
     """
+    start = int(100 * done)
+    with tqdm(
+        desc=name, total=100, initial=start, unit="%", leave=False, disable=not progress
+    ) as bar:
 
-    def __init__(self, name: str, done: float = 0.0, *, progress: bool) -> None:
-        start = int(100 * done)
-        super().__init__(
-            desc=name, total=100, initial=start, unit="%", leave=False, disable=not progress
-        )
+        def show(done: float, text: str) -> None:
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(min(100, int(100 * done)) - bar.n)
 
-    def show(self, done: float, text: str) -> None:
-        """Advance to the share that is done, with a few words beside the bar."""
-        self.set_postfix_str(text, refresh=False)
-        self.update(min(100, int(100 * done)) - self.n)
+        yield show
 
 
 @contextlib.contextmanager

@@ -80,6 +80,9 @@ class Stream:
         given_names: None, for each batch may have its columns in another order.
         checksum: That of rows held out that a user gave, else None: what a stream gives is not
             known before.
+        surveyed: What a first pass went through, known once the rows are split, as what follows.
+        mean_weight: The mean weight of a row.
+        held_keys: Which rows are held out; None where the user gave those.
 
     Raises:
         ValueError: If it can be gone through only once, or something is given that goes with a
@@ -115,8 +118,11 @@ class Stream:
         self.parts = 1 + isinstance(distribution, ConditionalInterpolantDistribution)
         self.share = validation if isinstance(validation, float) else None
         self.names, self.given_names = Names.of(distribution), Names()
-        self.renews, self.forgets = anew, distribution.report is not None  # names, by the data
+        self.is_named = False  # by the first rows that came
         self.weighted: bool | None = None  # whether batches have weights; not known before one
+        self.surveyed: Surveyed | None = None
+        self.mean_weight = 1.0
+        self.held_keys: HeldOutKeys | None = None
         self.given = None
         if not self.share:
             frames: tuple[object, ...] = (
@@ -184,9 +190,11 @@ class Stream:
 
     def _name(self, rows: object, context: object = None) -> None:
         """Take the names of the first rows and contexts, and of others where there are none."""
-        if self.renews:
-            self.names = self.names.renewed(rows, context, forget=self.forgets)
-        self.names, self.renews = self.names.filled(rows, context), False
+        if self.is_named:
+            self.names = self.names.filled(rows, context)
+        else:
+            self.names = Names.for_training(self.distribution, rows, context, anew=self.anew)
+        self.is_named = True
 
     def split(
         self,
@@ -220,30 +228,26 @@ class Stream:
         before = surveyed(state, process.rank)
         own = self._survey(clock or Clock(None), before, progress=progress)
         survey, effective = put_together(own, process)
-        outcome = survey.outcome()
+        self.surveyed, self.mean_weight = survey.outcome(), own.weight / own.total
         if before is not None and state is not None:
-            check_rows_came_again(outcome, before, state)
+            check_rows_came_again(self.surveyed, before, state)
         sample, keys = survey.sample()
-        held = self.given
-        held_keys: HeldOutKeys | None = None
-        if held is not None:
-            check_same_scale(held, sample)
         warn_if_rounded(sample.w)
-        if held is None:
-            held, held_keys = survey.held_out(self.share or 0.0)
+        if self.given is None:
+            held, self.held_keys = survey.held_out(self.share or 0.0)
             effective *= 1 - len(held.w) / survey.total
-            sample = sample.take((~held_keys.mark(keys)).nonzero().flatten())
+            sample = sample.take((~self.held_keys.mark(keys)).nonzero().flatten())
             if not len(sample.w):
                 raise ValueError(f"expected rows that differ, got {survey.total} that are equal")
+        else:
+            held = self.given
+            check_same_scale(held, sample)
         usual = max(_LEAST_ROWS, survey.size)
         return Split(
             held.to(self.like.device),
             sample,
             effective if self.anew else math.inf,
             usual if batch_size is None else int(batch_size),
-            own.weight / own.total,
-            held_keys,
-            outcome,
         )
 
     def _survey(self, clock: Clock, before: Surveyed | None, *, progress: bool) -> Survey:
@@ -378,7 +382,7 @@ class StreamBatches:
 
     Args:
         stream: The stream.
-        split: The rows held out, the mean weight, and rows per batch.
+        split: The number of rows to train on, and rows per batch.
         objective: What whitens rows, draws times, base draws and noise, and evaluates paths.
 
     Attributes:
@@ -386,12 +390,10 @@ class StreamBatches:
     """
 
     def __init__(self, stream: Stream, split: Split, objective: Objective) -> None:
-        self.stream, self.objective, self.mean_weight = stream, objective, split.mean_weight
-        self.surveyed, self.held_keys = split.surveyed, split.held_keys
+        self.stream, self.objective = stream, objective
         size, self.total = split.size, split.total
         self.size = size - size % _ROW_MULTIPLE if size > _ROW_MULTIPLE else size
-        self.pool: Rows | None = None
-        self.used = 0  # of its rows
+        self.pool: Rows | None = None  # the rows that have come and are still to be used
         self.present: Iterator[Any] | None = None
         self.device = stream.like.device
         self.position, self.found, self.generator = 0, 0, rng_state(self.device)
@@ -408,14 +410,12 @@ class StreamBatches:
             ValueError: If a batch cannot work, or a pass gives no rows.
         """
         pool, self.pool = self.pool, None
-        while pool is None or len(pool.w) - self.used < self.size:
+        while pool is None or len(pool.w) < self.size:
             rows = self._from_stream()
-            pool = rows if pool is None else Rows.joined([pool.rest(self.used), rows])
-            self.used = 0
+            pool = rows if pool is None else Rows.joined([pool, rows])
+        self.pool = pool.rest(self.size)
         # Shuffled, because consecutive rows share a time and the stream may be sorted.
-        places = self.used + torch.randperm(self.size).to(pool.w.device)
-        self.pool, self.used = pool, self.used + self.size
-        return pool.take(places)
+        return pool.take(torch.randperm(self.size).to(pool.w.device))
 
     def _from_stream(self) -> Rows:
         for _ in range(_MOST_EMPTY_BATCHES):
@@ -445,12 +445,13 @@ class StreamBatches:
 
     def _chosen(self, rows: Rows) -> Rows:
         """Return the rows that are not held out, as often as their weights say."""
-        if self.held_keys is not None:
-            held = self.held_keys.mark(keys_of(rows), self.position * _PLACES)
+        if self.stream.held_keys is not None:
+            held = self.stream.held_keys.mark(keys_of(rows), self.position * _PLACES)
             rows = rows.take((~held).nonzero().flatten())
         if rows.weight is None:
             return rows
-        copies = (rows.weight / self.mean_weight + torch.rand(len(rows.w)).to(rows.weight)).floor()
+        weight = rows.weight / self.stream.mean_weight
+        copies = (weight + torch.rand(len(rows.w)).to(weight)).floor()
         index = torch.arange(len(rows.w), device=rows.w.device)
         return rows.take(index.repeat_interleave(copies.long()))
 
@@ -458,10 +459,9 @@ class StreamBatches:
         """Return the state as tensors and numbers."""
         tensors = {"pass": self.generator}
         if self.pool is not None:
-            rest = self.pool.rest(self.used)
-            tensors["pool.w"] = rest.w
-            if rest.context is not None:
-                tensors["pool.c"] = rest.context
+            tensors["pool.w"] = self.pool.w
+            if self.pool.context is not None:
+                tensors["pool.c"] = self.pool.context
         owner = self.stream.state_owner()
         own = None if owner is None else to_json(owner.state_dict(), tensors, "stream")
         began = self.present is not None
@@ -470,7 +470,7 @@ class StreamBatches:
             "found": self.found,
             "own": own,
             "began": began,
-            "surveyed": self.surveyed,
+            "surveyed": self.stream.surveyed,
         }
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:

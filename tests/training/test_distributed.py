@@ -135,11 +135,11 @@ def test_a_coupling_is_that_of_the_whole_batch():
 
 
 def splits(shards, share=0.1, batch=50, seconds=None):
-    """Return the split of each process, with batches of its own, and the factor of its loss."""
+    """Return the stream and split of each process, and the factor of its loss."""
 
     def split(process):
         stream = Stream(*shards[process.rank](batch), share)
-        return stream.split(process, None, clock=Clock(seconds)), process.factor
+        return stream, stream.split(process, None, clock=Clock(seconds)), process.factor
 
     return in_threads(len(shards), split)
 
@@ -159,15 +159,15 @@ def test_processes_with_batches_of_their_own_hold_out_the_same_rows_of_all():
     x = torch.randn(3000, 2)
     x = x[x[:, 0].argsort()]
     parts = x[:400], x[400:1000], x[1000:]
-    (alone, _), *_ = splits([shard(x)])
+    ((whole, alone, _),) = splits([shard(x)])
     found = splits([shard(part) for part in parts])
-    for split, _ in found:
+    for stream, split, _ in found:
         assert torch.equal(split.held.w.sort(0).values, alone.held.w.sort(0).values)
         assert torch.equal(split.kept.w, alone.kept.w)
-        assert split.held_keys.below == alone.held_keys.below
-        assert split.surveyed == alone.surveyed
+        assert stream.held_keys.below == whole.held_keys.below
+        assert stream.surveyed == whole.surveyed
         assert split.total == pytest.approx(alone.total)
-    assert [factor for _, factor in found] == pytest.approx([0.4, 0.6, 2.0])
+    assert [factor for *_, factor in found] == pytest.approx([0.4, 0.6, 2.0])
 
 
 def test_a_sample_of_all_processes_rows_keeps_to_the_memory_of_one(monkeypatch):
@@ -175,7 +175,7 @@ def test_a_sample_of_all_processes_rows_keeps_to_the_memory_of_one(monkeypatch):
         monkeypatch.setattr(f"pyro_interpolant.training.{module}.SAMPLE_VALUES", 500)
     x = torch.arange(2000.0)[:, None] + 0.5
     found = splits([shard(part) for part in (x[:500], x[500:])], batch=10)
-    kept = [split.kept.w for split, _ in found]
+    kept = [split.kept.w for _, split, _ in found]
     assert torch.equal(*kept)
     assert 150 < len(kept[0]) <= 500
     assert float((kept[0] < 500).double().mean()) == pytest.approx(0.25, abs=0.03)
@@ -187,7 +187,7 @@ def test_a_sample_of_batches_of_unlike_sizes_has_each_processes_share(monkeypatc
         monkeypatch.setattr(f"pyro_interpolant.training.{module}.SAMPLE_VALUES", 500)
     x = torch.arange(2000.0)[:, None] + 0.5
     one, other = shard(x[:1000], weights), shard(x[1000:], weights)
-    for split, factor in splits([lambda _: one(1000), other], batch=10):
+    for _, split, factor in splits([lambda _: one(1000), other], batch=10):
         share = split.kept.weight / split.kept.weight.sum()
         assert float(share[split.kept.w[:, 0] < 1000].sum()) == pytest.approx(0.5, abs=0.03)
         assert factor == 1
@@ -198,11 +198,11 @@ def test_processes_count_by_the_weight_of_their_rows():
     x = torch.randn(900, 2)
     heavy = torch.cat((torch.full((300,), 9.0), torch.full((600,), 1.5)))
     found = splits([shard(x[:300], heavy[:300]), shard(x[300:], heavy[300:])])
-    (alone, _), *_ = splits([shard(x, heavy)])
-    assert [factor for _, factor in found] == pytest.approx([1.5, 0.5])
-    assert [split.mean_weight for split, _ in found] == [9, 1.5]
-    assert found[0][0].total == pytest.approx(alone.total)
-    assert found[0][0].kept.weight.sort().values.equal(alone.kept.weight.sort().values)
+    ((_, alone, _),) = splits([shard(x, heavy)])
+    assert [factor for *_, factor in found] == pytest.approx([1.5, 0.5])
+    assert [stream.mean_weight for stream, *_ in found] == [9, 1.5]
+    assert found[0][1].total == pytest.approx(alone.total)
+    assert found[0][1].kept.weight.sort().values.equal(alone.kept.weight.sort().values)
 
 
 def test_the_loss_of_a_process_counts_by_its_factor():
@@ -246,11 +246,11 @@ def test_a_resumed_first_pass_ends_where_that_of_its_process_ended(monkeypatch):
 
     flow = InterpolantDistribution(interpolant_transform(2, (8,)))
     shards = [lambda _, size=size: (flow, Endless(size)) for size in (10, 50)]
-    (split, factor), other = splits(shards)
-    assert split.surveyed == other[0].surveyed
-    assert split.surveyed[:2] == ([10, 2], 200)
+    (stream, split, factor), (other, *_) = splits(shards)
+    assert stream.surveyed == other.surveyed
+    assert stream.surveyed[:2] == ([10, 2], 200)
     assert (split.total, factor) == (math.inf, 1.0)
-    state = SimpleNamespace(tensors=[1], numbers={"batches": {"surveyed": [*split.surveyed]}})
+    state = SimpleNamespace(tensors=[1], numbers={"batches": {"surveyed": [*stream.surveyed]}})
     assert [surveyed(state, rank).batches for rank in range(3)] == [10, 2, None]
 
 
@@ -267,7 +267,7 @@ def test_rows_that_a_first_pass_saw_stand_for_those_that_it_did_not():
         survey.times = math.inf
     assert shares_of_weight(surveys) == (pytest.approx([0.25, 0.75]), math.inf)
     x = torch.randn(2000, 2)
-    for split, _ in splits([shard(x[:400]), shard(x[400:])], seconds=1e-9):
+    for _, split, _ in splits([shard(x[:400]), shard(x[400:])], seconds=1e-9):
         rows = split.kept.and_given(split.held)
         first = torch.isin(rows.w[:, 0], x[:400, 0])
         assert int(first.sum()) == int((~first).sum()) == 50

@@ -164,16 +164,15 @@ def test_the_first_pass_finds_the_moments_of_all_rows_it_did_not_hold_out():
 
 def test_the_rows_held_out_are_the_same_in_any_order():
     x = rows(1000)
-    found = [
-        Stream(made(), list(part.split(90)), 0.1).split(Process(), None)
-        for part in (x, x.flip(0), x[torch.randperm(1000)])
-    ]
-    for split in found[1:]:
-        assert torch.equal(split.held.w, found[0].held.w)
-        assert split.held_keys.below == found[0].held_keys.below
-        assert split.surveyed == found[0].surveyed
-    other = Stream(made(), list((x + 1e-9).split(90)), 0.1).split(Process(), None)
-    assert other.surveyed.checksum != found[0].surveyed.checksum
+    parts = x, x.flip(0), x[torch.randperm(1000)], x + 1e-9
+    streams = [Stream(made(), list(part.split(90)), 0.1) for part in parts]
+    held = [stream.split(Process(), None).held.w for stream in streams]
+    first, *_, other = streams
+    for stream, rows_held in zip(streams[1:-1], held[1:-1], strict=True):
+        assert torch.equal(rows_held, held[0])
+        assert stream.held_keys.below == first.held_keys.below
+        assert stream.surveyed == first.surveyed
+    assert other.surveyed.checksum != first.surveyed.checksum
 
 
 def one_pass(data, distribution=None, share=0.1):
@@ -321,7 +320,7 @@ def test_rows_that_weigh_more_later_count_as_in_a_table():
     found = stream.split(Process(), 50)
     effective = float(weights.sum() ** 2 / weights.square().sum())
     assert found.total == pytest.approx(0.9 * effective, rel=1e-12)
-    assert found.mean_weight == pytest.approx(float(weights.mean()), rel=1e-12)
+    assert stream.mean_weight == pytest.approx(float(weights.mean()), rel=1e-12)
 
 
 def batches_of(distribution, data):
@@ -413,8 +412,9 @@ def test_a_stream_larger_than_the_sample_is_thinned_evenly(monkeypatch):
 
 
 def test_however_short_the_time_is_a_first_pass_has_the_rows_that_a_map_needs():
-    found = Stream(made(), list(rows(600).split(4)), 0.1).split(Process(), 50, clock=Clock(1e-9))
-    assert found.surveyed.rows == 20 * 2
+    stream = Stream(made(), list(rows(600).split(4)), 0.1)
+    stream.split(Process(), 50, clock=Clock(1e-9))
+    assert stream.surveyed.rows == 20 * 2
 
 
 def test_rows_whose_keys_are_the_same_by_chance_differ_by_their_places_in_a_pass():
@@ -424,7 +424,7 @@ def test_rows_whose_keys_are_the_same_by_chance_differ_by_their_places_in_a_pass
     split = stream.split(Process(), 2)
     batches = stream.batches(split, unwhitened(distribution))
     seen = []
-    batches.held_keys = SimpleNamespace(
+    stream.held_keys = SimpleNamespace(
         mark=lambda keys, start: seen.append((len(keys), start)) or torch.zeros(len(keys)).bool()
     )
     for _ in range(3):

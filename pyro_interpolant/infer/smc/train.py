@@ -33,7 +33,7 @@ from ...solvers.ode import FixedGrid, Solver
 from ...solvers.parallel import one_thread_each
 from ...training.clock import Clock
 from ...training.fitting import trainable_flow
-from ...training.reporting import PercentBar
+from ...training.reporting import Show, percent_bar
 from ...training.rows import Rows
 from ...training.threads import Threads
 from ...training.whitening import set_whitening
@@ -141,7 +141,7 @@ class RoundsResult(NamedTuple):
 
 
 def _find_particles(
-    density: LogDensity, wide: StudentTMixture, draws: int, clock: Clock, bar: PercentBar
+    density: LogDensity, wide: StudentTMixture, draws: int, clock: Clock, show: Show
 ) -> tuple[Particles, HMCKernel, list[Tensor]]:
     """Carry particles from a wide start to the target, at most ``draws``, and let them mix.
 
@@ -159,7 +159,7 @@ def _find_particles(
     deadline = clock.began + _TEMPERED * clock.limit
     x, start = mixture.sample(count), LogDensity(mixture.log_prob)
     for level in tempered_smc(x, start, density, kernel, deadline=deadline):
-        bar.show(clock.spent() / clock.limit, f"tempering: {level.exponent:.3g}")
+        show(clock.spent() / clock.limit, f"tempering: {level.exponent:.3g}")
     particles = level.particles
     kernel.adapt_metric(particles.x)
     pools = [particles.x]
@@ -434,15 +434,15 @@ def train_from_density(
         wide = initial_mixture(start, flow.loc)
         density = LogDensity(log_density, Threads(choose=flow.loc.is_cpu))
         density.check(wide.sample(256))
-        with PercentBar("rounds", progress=progress) as bar:
-            found = _find_particles(density, wide, int(draws), clock, bar)
+        with percent_bar("rounds", progress=progress) as show:
+            found = _find_particles(density, wide, int(draws), clock, show)
             with trainable(flow.velocity):
                 run = Rounds(distribution, density, *found, rounds, clock)
                 deadline, going = clock.deadline(), True
                 try:
                     while going:
                         going = run.round(int(steps))
-                        bar.show(run.done(), run.history[-1].text())
+                        show(run.done(), run.history[-1].text())
                 except KeyboardInterrupt:
                     if not run.history:
                         raise
