@@ -182,8 +182,7 @@ class HeldOutMonitor:
         self.losses: list[float] = []
         self.held_losses: list[float] = []
         self.selection = Selection()
-        self.kept_values = [v.clone() for v in descent.average]
-        self.kept_buffers = self._buffers()
+        self.kept_values, self.kept_buffers = self._present()
 
     def look(self, step: int, rate: float, seconds: float) -> None:
         """Evaluate the averaged weights on rows held out, and keep them if they are to be."""
@@ -199,8 +198,7 @@ class HeldOutMonitor:
         if self.density is not None and found is not None and process.rank == 0:
             self.nats = self.density.text(scores)
         if self.selection.judge(step, scores):
-            self.kept_values = [v.clone() for v in self.descent.average]
-            self.kept_buffers = self._buffers()
+            self.kept_values, self.kept_buffers = self._present()
         # Last of all: a run that is interrupted before looks again.
         self.steps.append(step)
         self.losses.append(loss)
@@ -215,9 +213,10 @@ class HeldOutMonitor:
             wanted = wanted.item()
         self.stopped = bool(process.agreed(float(wanted is True)))
 
-    def _buffers(self) -> list[Tensor]:
-        """Return copies of the buffers, of any shapes: statistics may move in training."""
-        return [b.clone() for b in self.objective.network.buffers()]
+    def _present(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return copies of the averaged weights and, as statistics may move, of the buffers."""
+        values, buffers = self.descent.average, self.objective.network.buffers()
+        return [v.clone() for v in values], [b.clone() for b in buffers]
 
     def use_kept(self) -> None:
         """Leave the averaged weights to keep in the network, and the buffers beside them."""
