@@ -341,17 +341,18 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
             )
 
 
-def check_tensor(value: object, dtype: torch.dtype) -> None:
+def check_tensor(value: object, dtype: torch.dtype, name: str = "value") -> None:
     """Raise a TypeError unless a value is a tensor.
 
     Args:
         value: What is asked for.
         dtype: The type of the flow, for the message.
+        name: What to call the value in the message.
     """
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"expected a value that is a tensor, got {type(value).__name__}: convert it, "
-            f"torch.as_tensor(value, dtype={dtype})"
+            f"expected a {name} that is a tensor, got {type(value).__name__}: convert it, "
+            f"torch.as_tensor({name}, dtype={dtype})"
         )
 
 
@@ -388,12 +389,8 @@ class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
             ValueError: If the last dimension is not the velocity's ``context_dim``, the context is
                 of a finer floating type than the flow, or a label is none of the classes.
         """
-        if not isinstance(context, Tensor):
-            raise TypeError(
-                f"expected a context that is a tensor, got {type(context).__name__}: convert it, "
-                f"torch.as_tensor(context, dtype={self.flow.loc.dtype})"
-            )
         loc, classes = self.flow.loc, self.flow.classes
+        check_tensor(context, loc.dtype, "context")
         if classes:
             context = checked_labels(context, classes, loc.dtype).to(loc)
         coarser = torch.promote_types(context.dtype, loc.dtype) == loc.dtype
