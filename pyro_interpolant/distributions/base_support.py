@@ -21,7 +21,7 @@ from torch.distributions import (
     transform_to,
 )
 
-from .constraints import Constraint, innermost_constraint, is_all_real
+from .constraints import Constraint, innermost_constraint, is_all_real, of_events
 
 _WRAPPERS = (Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
 
@@ -96,8 +96,7 @@ def _kept(
         event_dim: The number of dimensions of an event.
     """
     inside, known = found
-    extra = event_dim - checked_dim
-    possible = inside.flatten(-extra).all(-1) if extra else inside
+    possible = of_events(inside, inside.dim() - (event_dim - checked_dim))
     return y.where(inside.reshape(inside.shape + (1,) * checked_dim), known), possible
 
 
@@ -135,6 +134,5 @@ def _inside_support(support: Constraint | None, x: Tensor) -> tuple[Tensor, Tens
     with contextlib.suppress(NotImplementedError):  # one that nobody has a bijection of
         known = transform_to(support)(torch.zeros_like(x))
         inside = support.check(x)  # of a stack each element's; known ones have a batch of bounds
-        extra = inside.dim() - (known.dim() - support.event_dim)
-        return inside.flatten(-extra).all(-1) if extra > 0 else inside, known
+        return of_events(inside, known.dim() - support.event_dim), known
     return None

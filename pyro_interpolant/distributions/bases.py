@@ -51,7 +51,7 @@ class _Base(dist.TorchDistribution):
 
     def to(self, like: Tensor) -> "Self":
         """Return the base in the type and on the device of a tensor of any shape."""
-        return _copy_parts(self, lambda part: copy_like(part, like))
+        return _with_parts(self, lambda part: copy_like(part, like))
 
 
 class _DerivedBase(_Base):
@@ -367,25 +367,24 @@ def copy_like(value: Any, like: Tensor) -> Any:
                 "follow: make a base from converted tensors, or detach them"
             )
         return new
-    if isinstance(value, (list, tuple)):
-        return type(value)(copy_like(v, like) for v in value)
-    if isinstance(value, (Distribution, Transform)):
-        return _copy_parts(value, lambda part: copy_like(part, like))
-    return value
+    return _with_parts(value, lambda part: copy_like(part, like))
 
 
 def detached(value: Any) -> Any:
     """Return a copy of a distribution through which no gradient reaches its parameters."""
     if isinstance(value, Tensor):
         return value.detach()
-    if isinstance(value, (list, tuple)):
-        return type(value)(detached(v) for v in value)
     if isinstance(value, nn.Module):
         return copy.deepcopy(value).requires_grad_(requires_grad=False)
-    return _copy_parts(value, detached) if isinstance(value, (Distribution, Transform)) else value
+    return _with_parts(value, detached)
 
 
-def _copy_parts(value: _T, changed: Callable[[Any], Any]) -> _T:
+def _with_parts(value: _T, changed: Callable[[Any], Any]) -> _T:
+    """Return a copy of a distribution, a transform or a list, of changed parts; else the value."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(changed(part) for part in value)
+    if not isinstance(value, (Distribution, Transform)):
+        return value
     new, parts = copy.copy(value), dict(value.__dict__)
     is_inverse = isinstance(value, torch.distributions.transforms._InverseTransform)
     if isinstance(value, Transform) and not is_inverse:

@@ -215,6 +215,16 @@ def check_parts(support: Constraint, value: Tensor) -> Tensor:
     )
 
 
+def of_events(inside: Tensor, batch_dim: int) -> Tensor:
+    """Return what holds for all elements of an event, shape ``(*)``.
+
+    Args:
+        inside: What holds for each event, or for each of its parts, shape ``(*, ...)``.
+        batch_dim: The number of dimensions of the batch, ``(*)``.
+    """
+    return inside.flatten(batch_dim).all(-1) if inside.dim() > batch_dim else inside
+
+
 class Shaped(Constraint):
     """A support of vectors, laid out in events of another shape.
 
@@ -233,7 +243,7 @@ class Shaped(Constraint):
         batch = value.shape[: value.dim() - self.event_dim]
         size = math.prod(value.shape[len(batch) :])  # not -1: also where batch has a 0
         inside = check_parts(self.base_constraint, value.reshape(*batch, size))
-        return inside.all(-1) if inside.dim() > len(batch) else inside
+        return of_events(inside, len(batch))
 
     def __repr__(self) -> str:
         """Name the support and the shape."""

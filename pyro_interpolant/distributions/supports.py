@@ -41,6 +41,7 @@ from .constraints import (
     check_parts,
     circular,
     is_all_real,
+    of_events,
 )
 from .rounding import are_close
 from .rows import counted
@@ -218,7 +219,8 @@ class BijectiveSupport(Support):
         if 0 in batch:  # which torch's checks cannot take
             return torch.ones(batch, dtype=torch.bool, device=value.device)
         off_the_edge = _within_bounds(self.constraint, value, operator.gt)
-        return self.on_events.check(value) & self.on_events.reduced(off_the_edge, off_the_edge)
+        batch_dim = off_the_edge.dim() - self.on_events.event_dim
+        return self.on_events.check(value) & of_events(off_the_edge, batch_dim)
 
     def within_bounds(self, value: Tensor) -> Tensor | None:
         """Return which events, shape ``(*)``, of values are within bounds or on them.
@@ -229,7 +231,7 @@ class BijectiveSupport(Support):
         if self.is_real():
             return None
         within = _within_bounds(self.constraint, value, operator.ge)
-        return self.on_events.reduced(within, within)  # whose batch may be that of bounds
+        return of_events(within, within.dim() - self.on_events.event_dim)  # perhaps of bounds
 
     def event_shape(self, size: int) -> torch.Size:
         """Return the shape of an event that has ``size`` unconstrained coordinates."""
@@ -424,12 +426,8 @@ class OnEvents(Constraint):
         """Return which events, ``(*)``, of values, ``(*, *event_shape)``, are on the support."""
         within = _within_bounds(self.inner, value, operator.ge)
         value = value.expand(within.shape)  # whose batch may be that of bounds
-        return self.reduced(check_parts(without_gaussianizer(self.inner), value), value)
-
-    def reduced(self, inside: Tensor, value: Tensor) -> Tensor:
-        """Return what holds for all elements of an event, shape ``(*)``."""
-        extra = inside.dim() - (value.dim() - self.event_dim)
-        return inside.flatten(-extra).all(-1) if extra > 0 else inside
+        inside = check_parts(without_gaussianizer(self.inner), value)
+        return of_events(inside, value.dim() - self.event_dim)
 
     def __repr__(self) -> str:
         """Name the support."""

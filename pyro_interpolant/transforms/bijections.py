@@ -10,7 +10,7 @@ small shares.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -179,22 +179,28 @@ def mended(transform: Transform) -> Transform:
     return changed
 
 
-def _tensors_of(transform: Transform) -> list[Tensor]:
-    """Return the tensors that a transform is made of, such as bounds, but none it remembers."""
-    found: list[Tensor] = []
+def contents_of(transform: Transform) -> Iterator[Tensor | nn.Module]:
+    """Yield the tensors and modules that a transform is made of, but none it remembers."""
     left: list[object] = [transform]
     seen: set[int] = set()  # an inverse holds what it is the inverse of
     while left:
-        part = left.pop()
+        part = left.pop(0)
         if id(part) in seen:
             continue
         seen.add(id(part))
-        if isinstance(part, Tensor):
-            found.append(part)
-        elif isinstance(part, nn.Module):
-            found += [*part.parameters(), *part.buffers()]
+        if isinstance(part, Tensor | nn.Module):
+            yield part
         elif isinstance(part, list | tuple):
-            left += part
+            left = [*part, *left]
         elif isinstance(part, Transform):
-            left += [value for name, value in vars(part).items() if name != "_cached_x_y"]
+            held = [value for name, value in vars(part).items() if name != "_cached_x_y"]
+            left = [*held, *left]
+
+
+def _tensors_of(transform: Transform) -> list[Tensor]:
+    """Return the tensors that a transform is made of, such as bounds, and those of its modules."""
+    found: list[Tensor] = []
+    for part in contents_of(transform):
+        own = [part] if isinstance(part, Tensor) else [*part.parameters(), *part.buffers()]
+        found += own
     return found

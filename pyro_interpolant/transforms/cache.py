@@ -8,7 +8,7 @@ changed.
 """
 
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import cast
@@ -29,6 +29,8 @@ from .._torch import (
 
 _ENTRIES_KEPT = 4  # of one transform
 _COPIED_NUMBERS = 2**16  # the most in a tensor that is copied to compare it later
+
+Known = tuple[Sequence[Tensor], Hashable]  # what a result depends on: tensors, and all else
 
 
 @dataclass(eq=False)
@@ -80,38 +82,26 @@ class IdentityCache:
         """Forget all entries."""
         self._entries.clear()
 
-    def knows(self, x: Tensor | None, y: Tensor | None) -> bool:
-        """Return whether there is an entry of this x, this y, or this pair, valid or not.
-
-        Args:
-            x: The input to look for, shape ``(*, D)``, or None.
-            y: The output to look for, shape ``(*, D')``, or None.
-        """
-        return not is_compiling() and any(
-            (x is None or e.x is x) and (y is None or e.y is y) for e in self._entries
-        )
-
     def find(
-        self,
-        *,
-        x: Tensor | None = None,
-        y: Tensor | None = None,
-        sources: Sequence[Tensor] = (),
-        key: Hashable = None,
+        self, known: Callable[[], Known], *, x: Tensor | None = None, y: Tensor | None = None
     ) -> Entry | None:
         """Return the valid entry of this x, this y, or this pair, or None.
 
         Args:
+            known: What the result depends on now. It is asked for only where there is an entry,
+                for that costs ten times as much as to look for one.
             x: The input to look for, shape ``(*, D)``, or None.
             y: The output to look for, shape ``(*, D')``, or None.
-            sources: All other tensors the result depends on: parameters, buffers, context.
-            key: All else that the result depends on, to compare.
         """
-        if is_compiling() or not self._entries or _any_functorch(sources) or _any_dual(sources):
+        if is_compiling():
             return None
-        for entry in reversed(self._entries):
-            if (x is not None and entry.x is not x) or (y is not None and entry.y is not y):
-                continue
+        found = [e for e in self._entries if (x is None or e.x is x) and (y is None or e.y is y)]
+        if not found:
+            return None
+        sources, key = known()
+        if _any_functorch(sources) or _any_dual(sources):
+            return None
+        for entry in reversed(found):
             by_input = y is None if entry.forward else x is None
             if not (by_input and entry.carries_gradient) and _is_valid(entry, sources, key):
                 return entry
@@ -356,9 +346,7 @@ class CachedTransform(RealVectorTransform):
         raise NotImplementedError
 
     def _find(self, *, x: Tensor | None = None, y: Tensor | None = None) -> Entry | None:
-        if not self._cache.knows(x, y):
-            return None
-        return self._cache.find(x=x, y=y, sources=self._sources())
+        return self._cache.find(lambda: (self._sources(), None), x=x, y=y)
 
     def _entry_from_input(self, x: Tensor) -> Entry:
         return self._keep(Entry(x, self._call(x)))

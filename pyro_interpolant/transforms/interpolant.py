@@ -6,7 +6,7 @@ trajectory that the cache kept of the solve. A transform that is conditioned, or
 time, is a view: it shares the weights and registers none.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from ..nn.mlp import VelocityMLP
 from ..nn.velocity import checked_labels, embedded, has_embedding
 from ..solvers.divergence import Divergence, ExactDivergence
 from ..solvers.ode import FixedGrid, Solver
-from .cache import CachedTransform, Entry, IdentityCache, state_of
+from .cache import CachedTransform, Entry, IdentityCache, Known, state_of
 from .flow import Flow, Path
 from .whitening import Whitening
 
@@ -161,12 +161,12 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
             return raw
         if is_tracing():  # a result of one trace is a constant in the next
             return embedded(velocity, raw)
-        sources, key = state_of(velocity)
-        entry = self._embeddings.find(x=raw, sources=sources, key=key)
+        known = state_of(velocity)
+        entry = self._embeddings.find(lambda: known, x=raw)
         if entry is None:
             entry = Entry(raw, cast(Tensor, embedded(velocity, raw)))
             if not entry.y.requires_grad:  # a graph is freed by the first backward pass
-                self._embeddings.store(entry, sources, key)
+                self._embeddings.store(entry, *known)
         return entry.y
 
     def with_embedded_context(self) -> "InterpolantTransform":
@@ -272,14 +272,14 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
         return Path(context, self.end, self.solver, self.divergence, seed)
 
     def _find(self, *, x: Tensor | None = None, y: Tensor | None = None) -> _Solve | None:
-        if not self._cache.knows(x, y):  # at a tenth of the price of asking for a valid entry
-            return None
-        sources, state = self._state()
-        key = self._path(None), state  # the context is among the sources
-        entry = self._cache.find(x=x, y=y, sources=sources, key=key)
+        def known() -> Known:
+            sources, state = self._state()
+            return sources, (self._path(None), state)  # the context is among the sources
+
+        entry = self._cache.find(known, x=x, y=y)
         return entry if isinstance(entry, _Solve) else None
 
-    def _state(self) -> tuple[list[Tensor], Hashable]:
+    def _state(self) -> Known:
         """Return the tensors that results depend on, of any shapes, and all else of the flow."""
         tensors, state = state_of(self.flow)
         return tensors if self.raw_context is None else [*tensors, self.raw_context], state
@@ -341,17 +341,18 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
             )
 
 
-def check_tensor(value: object, dtype: torch.dtype) -> None:
+def check_tensor(value: object, dtype: torch.dtype, name: str = "value") -> None:
     """Raise a TypeError unless a value is a tensor.
 
     Args:
         value: What is asked for.
         dtype: The type of the flow, for the message.
+        name: What to call the value in the message.
     """
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"expected a value that is a tensor, got {type(value).__name__}: convert it, "
-            f"torch.as_tensor(value, dtype={dtype})"
+            f"expected a {name} that is a tensor, got {type(value).__name__}: convert it, "
+            f"torch.as_tensor({name}, dtype={dtype})"
         )
 
 
@@ -388,12 +389,8 @@ class ConditionalInterpolantTransform(_FlowHolder, ConditionalTransformModule):
             ValueError: If the last dimension is not the velocity's ``context_dim``, the context is
                 of a finer floating type than the flow, or a label is none of the classes.
         """
-        if not isinstance(context, Tensor):
-            raise TypeError(
-                f"expected a context that is a tensor, got {type(context).__name__}: convert it, "
-                f"torch.as_tensor(context, dtype={self.flow.loc.dtype})"
-            )
         loc, classes = self.flow.loc, self.flow.classes
+        check_tensor(context, loc.dtype, "context")
         if classes:
             context = checked_labels(context, classes, loc.dtype).to(loc)
         coarser = torch.promote_types(context.dtype, loc.dtype) == loc.dtype

@@ -7,7 +7,7 @@ left is :math:`\mathrm{KL}(\rho_1\,\|\,q) = E_{x\sim\rho_1}[\log\rho_1(x) - \log
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro.distributions as dist
@@ -22,13 +22,12 @@ from .._package import check_ranges, number, whole
 from .._torch import evaluated, seeded, with_gradients
 from ..distributions.bases import only_possible, standard_normal
 from ..distributions.constraints import Constraint
-from ..distributions.fingerprint import inverse_of
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.report import with_error
 from ..distributions.rows import check_value
 from ..distributions.supports import CircularSupport, Support, support_of
 from ..training.whitening import whitening_map
-from ..transforms.bijections import Unseen, Whiten
+from ..transforms.bijections import Unseen, Whiten, contents_of
 from ..transforms.interpolant import broadcast_batch
 from ..transforms.whitening import DenseWhitening
 
@@ -251,7 +250,8 @@ class StudentTransforms(nn.Module):
             wrong = [type(part).__name__ for part in source if not isinstance(part, Transform)]
             if wrong or not source:
                 raise TypeError(f"expected transforms, got {', '.join(wrong) or 'none'}")
-            self.parts = nn.ModuleList(module for part in source for module in _modules(part))
+            held = [part for transform in source for part in contents_of(transform)]
+            self.parts = nn.ModuleList(part for part in held if isinstance(part, nn.Module))
         weights = list(self.parameters())
         if weights and not any(p.requires_grad for p in weights):
             raise ValueError(
@@ -325,19 +325,6 @@ class StudentTransforms(nn.Module):
                 optimizer.step()
             schedule.step()
         self.eval().requires_grad_(requires_grad=False)
-
-
-def _modules(part: Transform | nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules that a transform is, or is made of."""
-    if isinstance(part, nn.Module):
-        yield part
-        return
-    held = vars(part)
-    # Those of compositions, of stacks, of an inverse and of one that is applied to whole events.
-    inner = (*held.get("parts", ()), *held.get("transforms", ()))
-    for each in (*inner, inverse_of(part), held.get("base_transform")):
-        if isinstance(each, Transform):
-            yield from _modules(each)
 
 
 def _check(distribution: object) -> None:
