@@ -167,7 +167,9 @@ class InterpolantDistribution(Summaries):
                 x, possible = self._finite(x, possible)
             x, term = transform.inverse_and_log_det(x)
             log_det = log_det + term
-        log_prob = base_log_prob(self.base_dist, x) - log_det
+        base = self.base_dist
+        log_base = base.log_prob(x) if self.base is None else base_log_prob(base, x)
+        log_prob = log_base - log_det
         if self.batch_shape:  # otherwise a tracer may leave the batch of values open
             log_prob = log_prob.expand(batch)
         if possible is None:

@@ -69,7 +69,7 @@ def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
 
 def is_frame(x: object) -> bool:
     """Return whether x is a data frame, one of its columns, or a table with names of columns."""
-    return hasattr(x, "to_numpy") or bool(names_of(x))
+    return not isinstance(x, Tensor) and (hasattr(x, "to_numpy") or bool(names_of(x)))
 
 
 def named_columns(x: RowsLike, name: str = "data") -> tuple[Tensor, tuple[str, ...]]:
