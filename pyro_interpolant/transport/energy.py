@@ -18,10 +18,12 @@ from .._torch import seeded
 from ..distributions.interpolant import AnyDistribution, rows_given
 from ..distributions.report import with_error
 from ..nn.velocity import evaluate
+from ..solvers.ode import FixedGrid
 from ..transforms.flow import Flow
 from ..transforms.gaussianize import refuse_gaussianized
 
 _PATHS_PER_CHUNK = 512
+_LEAST_STEPS = 48  # a bridge's energy is then within 0.01%, on a calibrated grid of 9 within 1.5%
 _JACOBIAN_ROWS = 512  # over which the largest norm of the velocity's Jacobian is taken
 
 
@@ -73,7 +75,9 @@ def path_energy(
     r"""Return the kinetic energy of a flow's paths, :math:`\int_0^1 E|v_t(x_t)|^2\,dt`.
 
     It bounds the squared Wasserstein distance between base and model from above. Norms are those
-    of data coordinates, :math:`|L u|` (under a support: unconstrained).
+    of data coordinates, :math:`|L u|` (under a support: unconstrained). A
+    :class:`~pyro_interpolant.FixedGrid` is taken with 48 steps or more, for one that is calibrated
+    has few, which suffice for densities; another solver as it is.
 
     Args:
         distribution: A flow; paths start from its base.
@@ -102,6 +106,9 @@ def path_energy(
     flow = given.transform.flow
     with torch.no_grad():
         path = given.transform.path()
+        if isinstance(path.solver, FixedGrid):
+            steps = max(path.solver.steps, _LEAST_STEPS)
+            path = replace(path, solver=replace(path.solver, steps=steps))
         times, weights = (s.to(flow.loc) for s in path.times)
         w0 = given.white_base().sample((count,))
         energies = []

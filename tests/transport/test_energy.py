@@ -5,15 +5,17 @@ import pytest
 import torch
 from cases import random_flow, slow_but
 from gaussians import GaussianTransport
-from oracles import random_mixture
+from oracles import MixtureVelocity, random_mixture
 from torch import nn
 
 from pyro_interpolant import (
+    BrownianBridge,
     ConditionalInterpolantDistribution,
     ConditionalInterpolantTransform,
     FixedGrid,
     InterpolantDistribution,
     InterpolantTransform,
+    Latent,
     Linear,
     Trigonometric,
     interpolant_transform,
@@ -60,6 +62,19 @@ def test_the_energy_is_the_closed_form(interpolant, dim):
     assert energy.value == pytest.approx(pair.energy(interpolant), abs=5 * energy.stderr)
     assert 0 < energy.stderr < 0.05 * energy.value
     assert energy.value > pair.w2()
+
+
+def test_the_energy_needs_more_steps_than_the_density():
+    """From N(0, 1) to itself over a bridge, where a calibration stops at one step."""
+    path = Latent(Linear(), BrownianBridge())
+    velocity = MixtureVelocity(torch.ones(1), torch.zeros(1, 1), torch.ones(1, 1, 1), path)
+    transform = InterpolantTransform(velocity, interpolant=path, solver=FixedGrid(steps=1))
+    energy = path_energy(InterpolantDistribution(transform), count=400)
+    t = (torch.arange(20_000) + 0.5) / 20_000
+    (a, b, g), (da, db, dg) = path.coefficients(t), path.derivatives(t)
+    variance, half_rate = a**2 + b**2 + g**2, a * da + b * db + g * dg
+    exact = float((half_rate**2 / variance).mean())
+    assert energy.value == pytest.approx(exact, abs=4 * energy.stderr)
 
 
 @pytest.mark.slow
