@@ -252,7 +252,7 @@ class _Images(Messenger):
                     self._leave_out(~valid, 0.0)
                     msg["fn"] = msg["fn"].mask(valid)  # its formula may give no number there
             return
-        if msg["is_observed"] or is_conditioned(msg["name"], self):
+        if msg["is_observed"] or is_conditioned(msg["name"], self.base, self):
             raise ValueError(
                 f"expected site {msg['name']!r} to be latent, as when the guide was set up, got "
                 "it observed: train a guide of the model with these data"

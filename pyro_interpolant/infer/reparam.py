@@ -229,7 +229,8 @@ class _BaseSpaceMessenger(Messenger):
         if msg["is_observed"] or msg["done"]:
             return
         name, (flow, wrappers) = msg["name"], _unwrapped(msg["fn"])
-        if flow is None or is_conditioned(name, self) or is_replayed(name, name + _BASE, self):
+        base = name + _BASE
+        if flow is None or is_conditioned(name, base, self) or is_replayed(name, base, self):
             return
         event_dim = msg["fn"].event_dim
         value, site = msg["value"], _in_all_plates(msg, self)
@@ -356,14 +357,20 @@ def _unwrapped(
     return (fn if isinstance(fn, InterpolantDistribution) else None), wrappers
 
 
-def is_conditioned(name: str, messenger: Messenger) -> bool:
-    """Return whether a ``condition`` around a messenger is about to observe the site.
+def is_conditioned(name: str, base: str, messenger: Messenger) -> bool:
+    """Return whether a ``condition`` around a messenger has a value of the site, none of its base.
 
-    By the name that it has there, behind the scopes between.
+    By the names that they have there, behind the scopes between. Where it has both, the site is a
+    function of its base, and its value one of draws that hold such functions too.
+
+    Args:
+        name: The site.
+        base: What is sampled in its place.
+        messenger: The messenger.
     """
     return any(
-        isinstance(outer, ConditionMessenger) and own in outer.data
-        for outer, own in _names_around(name, messenger)
+        isinstance(outer, ConditionMessenger) and own in outer.data and other not in outer.data
+        for outer, own, other in _both_around(name, base, messenger)
     )
 
 
@@ -377,12 +384,20 @@ def is_replayed(name: str, base: str, messenger: Messenger) -> bool:
         base: What is sampled in its place.
         messenger: The messenger.
     """
-    names = (_names_around(each, messenger) for each in (name, base))
-    for (outer, own), (_, other) in zip(*names, strict=True):
+    for outer, own, other in _both_around(name, base, messenger):
         trace = outer.trace if isinstance(outer, ReplayMessenger) else None
         if trace is not None and own in trace and other not in trace:
             return True
     return False
+
+
+def _both_around(
+    name: str, base: str, messenger: Messenger
+) -> Iterator[tuple[Messenger, str, str]]:
+    """Yield the messengers around one, and the names of a site and of its base at each."""
+    names = (_names_around(each, messenger) for each in (name, base))
+    for (outer, own), (_, other) in zip(*names, strict=True):
+        yield outer, own, other
 
 
 def _names_around(name: str, messenger: Messenger) -> Iterator[tuple[Messenger, str]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoDiagonalNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormalMessenger
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from pyro.ops.stats import effective_sample_size
 from pyro.optim import Adam
@@ -250,6 +250,15 @@ def test_predictive_gives_the_sites_of_the_model_alone():
     guide = small(lambda: masked(torch.ones(2)))
     draws = {"scale_shared_latent": torch.zeros(3, guide.latent_dim)}
     assert set(Predictive(neutra(guide, masked), draws)()) <= {"scale", "y"}
+
+
+def test_draws_of_a_guide_that_gives_the_sites_beside_the_base():
+    base = neutra(small())
+    guide = AutoNormalMessenger(base)
+    assert {"mu_shared_latent", "mu"} <= set(guide())
+    found = Predictive(base, guide=guide, num_samples=3)()
+    again = base.samples({"mu_shared_latent": found["mu_shared_latent"][:, 0]})
+    assert torch.allclose(found["mu"][:, 0], again["mu"])
 
 
 def test_draws_stay_apart_in_parallel():

@@ -695,6 +695,14 @@ def test_condition_on_the_base():
     assert torch.allclose(trace.log_prob_sum(), dist.Normal(0.0, 1.0).log_prob(value).sum())
 
 
+def test_draws_of_a_guide_that_gives_the_site_beside_its_base():
+    model = base_space(regression(random_prior(2)))
+    guide = guides.AutoNormalMessenger(model)
+    assert {"z", "z_base"} <= set(guide())
+    found = Predictive(model, guide=guide, num_samples=3)()
+    assert torch.allclose(found["z"], model.samples({"z_base": found["z_base"]})["z"])
+
+
 def test_block_and_nested_handlers():
     prior = random_prior(2)
     model = base_space(lambda: pyro.sample("z", prior))
