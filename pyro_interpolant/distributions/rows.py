@@ -56,7 +56,7 @@ def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
                 f"expected {name} of numbers, got an array of {x.dtype}: write labels as whole "
                 "numbers, numpy.unique(labels, return_inverse=True)[1]"
             ) from error
-        if isinstance(x, np.ndarray):
+        if isinstance(x, np.ndarray) and isinstance(error, TypeError):
             fields = "numpy.lib.recfunctions.structured_to_unstructured(x)"
             raise TypeError(
                 f"expected {name} of a type that torch has, got an array of {x.dtype}: pass "

@@ -211,6 +211,15 @@ def _unwrapped(transform: Transform) -> Transform:
         transform = inner
 
 
+class _Image(dist.Delta):
+    """The image of a base draw, also where a value of it that was kept differs by its rounding."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return the log density of the image, shape ``(*)``, at x, ``(*, *event_shape)``."""
+        batch = broadcast_shapes(self.batch_shape, x.shape[: x.dim() - self.event_dim])
+        return self.log_density.expand(batch)
+
+
 class _Images(Messenger):
     """Give latent sites their parts of one unconstrained vector, and add up the Jacobians.
 
@@ -289,7 +298,7 @@ class _Images(Messenger):
         # Of an enumerated site the score may have dimensions more.
         batch = broadcast_shapes(score.shape, value.shape[:events])
         image = value.expand(batch + value.shape[events:])
-        return dist.Delta(image, score.expand(batch), event_dim=fn.event_dim)
+        return _Image(image, score.expand(batch), event_dim=fn.event_dim)
 
     def _leave_out(self, where: Tensor, others: Tensor | float) -> None:
         """Count, beside the site that is sampled now, minus infinity somewhere, or others."""

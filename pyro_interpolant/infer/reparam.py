@@ -360,8 +360,8 @@ def _unwrapped(
 def is_conditioned(name: str, base: str, messenger: Messenger) -> bool:
     """Return whether a ``condition`` around a messenger has a value of the site, none of its base.
 
-    By the names that they have there, behind the scopes between. Where it has both, the site is a
-    function of its base, and its value one of draws that hold such functions too.
+    By the names that they have there, behind the scopes between. Where it has both, as draws that
+    hold deterministic sites too, the base counts, and the value is taken for its image, unchecked.
 
     Args:
         name: The site.

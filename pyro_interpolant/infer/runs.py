@@ -1,6 +1,7 @@
 r"""Runs of a model that draws its data: what it observes, and what is refused of its sites.
 
-Many are the lanes of one, under :func:`torch.func.vmap`, with other random numbers in each.
+Where no plate can hold many, they are the lanes of one, under :func:`torch.func.vmap`, with other
+random numbers in each.
 """
 
 import contextlib

@@ -261,6 +261,15 @@ def test_draws_of_a_guide_that_gives_the_sites_beside_the_base():
     assert torch.allclose(found["mu"][:, 0], again["mu"])
 
 
+@pytest.mark.usefixtures("_nodes_stay")
+def test_sites_beside_the_base_have_the_density_of_the_base():
+    base = neutra(small())
+    given = {"mu_shared_latent": torch.randn(4)}
+    both = given | {name: value + 1e-15 for name, value in base.samples(given).items()}
+    alone, beside = (poutine.trace(poutine.condition(base, d)).get_trace() for d in (given, both))
+    torch.testing.assert_close(beside.log_prob_sum(), alone.log_prob_sum())
+
+
 def test_draws_stay_apart_in_parallel():
     base = neutra(small())
     draws = {"mu_shared_latent": torch.randn(2, 4)}  # as many as rows
