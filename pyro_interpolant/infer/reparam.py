@@ -230,7 +230,7 @@ class _BaseSpaceMessenger(Messenger):
             return
         name, (flow, wrappers) = msg["name"], _unwrapped(msg["fn"])
         base = name + _BASE
-        if flow is None or is_conditioned(name, base, self) or is_replayed(name, base, self):
+        if flow is None or any(holders(name, base, self)):
             return
         event_dim = msg["fn"].event_dim
         value, site = msg["value"], _in_all_plates(msg, self)
@@ -357,57 +357,27 @@ def _unwrapped(
     return (fn if isinstance(fn, InterpolantDistribution) else None), wrappers
 
 
-def is_conditioned(name: str, base: str, messenger: Messenger) -> bool:
-    """Return whether a ``condition`` around a messenger has a value of the site, none of its base.
+def holders(name: str, base: str, messenger: Messenger) -> Iterator[Messenger]:
+    """Yield what conditions or replays, around a messenger, with a value of a site, not its base.
 
-    By the names that they have there, behind the scopes between. Where it has both, as draws that
-    hold deterministic sites too, the base counts, and the value is taken for its image, unchecked.
-
-    Args:
-        name: The site.
-        base: What is sampled in its place.
-        messenger: The messenger.
-    """
-    return any(
-        isinstance(outer, ConditionMessenger) and own in outer.data and other not in outer.data
-        for outer, own, other in _both_around(name, base, messenger)
-    )
-
-
-def is_replayed(name: str, base: str, messenger: Messenger) -> bool:
-    """Return whether a ``replay`` around a messenger has a value of the site, none of its base.
-
-    As that of a guide over the site.
+    Such as ``replay`` with that of a guide over the site. By the names that both have there,
+    behind the scopes between. Where there are values of both, as of draws that hold deterministic
+    sites too, the base counts, and the site's value is taken for its image, unchecked.
 
     Args:
         name: The site.
         base: What is sampled in its place.
         messenger: The messenger.
     """
-    for outer, own, other in _both_around(name, base, messenger):
-        trace = outer.trace if isinstance(outer, ReplayMessenger) else None
-        if trace is not None and own in trace and other not in trace:
-            return True
-    return False
-
-
-def _both_around(
-    name: str, base: str, messenger: Messenger
-) -> Iterator[tuple[Messenger, str, str]]:
-    """Yield the messengers around one, and the names of a site and of its base at each."""
-    names = (_names_around(each, messenger) for each in (name, base))
-    for (outer, own), (_, other) in zip(*names, strict=True):
-        yield outer, own, other
-
-
-def _names_around(name: str, messenger: Messenger) -> Iterator[tuple[Messenger, str]]:
-    """Yield the messengers around one, from the inside, and the name that a site has at each."""
+    both: tuple[Message, Message] = {"name": name}, {"name": base}
     for outer in reversed(_PYRO_STACK[: _PYRO_STACK.index(messenger)]):
-        yield outer, name
+        values: Any = outer.data if isinstance(outer, ConditionMessenger) else None
+        values = outer.trace if isinstance(outer, ReplayMessenger) else values
+        if values is not None and both[0]["name"] in values and both[1]["name"] not in values:
+            yield outer
         if isinstance(outer, (ScopeMessenger, NameCountMessenger)):
-            renamed: Message = {"name": name}
-            outer._pyro_sample(renamed)
-            name = str(renamed["name"])
+            for msg in both:
+                outer._pyro_sample(msg)  # renames it
 
 
 class _AskedForMore(Exception):
