@@ -95,15 +95,13 @@ class BaseSpace:
             if mark is None or name not in named:
                 continue
             flow, site, packed = mark
-            if flow.transform.context is not None:
+            other = None if flow.transform.context is None else "a context"
+            if other is None and not all(_has_map(run.get(name), flow) for run in runs):
+                other = "one that depends on other sites"
+            if other is not None:
                 raise ValueError(
                     f"expected priors that are the same for all draws, got the site {site!r} with "
-                    "a context: use Predictive(base_space(model), draws)"
-                )
-            if not all(_has_map(run.get(name), flow) for run in runs):
-                raise ValueError(
-                    f"expected priors that are the same for all draws, got the site {site!r} with "
-                    "one that depends on other sites: use Predictive(base_space(model), draws)"
+                    f"{other}: use Predictive(base_space(model), draws)"
                 )
             value = _image(flow, named.pop(name))
             if packed is None:
