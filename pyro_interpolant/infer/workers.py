@@ -58,7 +58,9 @@ def called_in_workers(
             for each in arguments
         ]
         for call in calls:
-            yield pickle.loads(call.result())
+            if isinstance(found := call.result(), Exception):
+                raise found
+            yield pickle.loads(found)
     except BrokenProcessPool as error:
         raise RuntimeError(
             "a worker process ended before its time: it was killed, as for lack of memory, or the "
@@ -68,7 +70,7 @@ def called_in_workers(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-# In a worker, whose errors come back with the lines that led there.
+# In a worker.
 
 
 def _begin(work: bytes, dtype: torch.dtype, settings: dict[str, Any], params: bytes) -> None:
@@ -80,21 +82,21 @@ def _begin(work: bytes, dtype: torch.dtype, settings: dict[str, Any], params: by
     _STATE["work"] = work
 
 
-def _call(seed: int, arguments: bytes) -> bytes:
-    """Return what the function returns, pickled."""
+def _call(seed: int, arguments: bytes) -> bytes | Exception:
+    """Return what the function returns, pickled, or the error to raise where it can be read."""
     try:
         function = _loaded(_STATE["work"])
     except Exception as error:  # of any kind: an import runs the user's own lines
         text = "".join(traceback.format_exception_only(error)).strip()
-        raise ValueError(
+        return ValueError(
             f"expected a model that a worker process can import, got: {text}; {_IMPORTABLE}"
-        ) from None
+        )
     pyro.set_rng_seed(seed)
     try:
         return pickle.dumps(function(*pickle.loads(arguments)))
     except Exception as error:
         text = "".join(traceback.format_exception(error)).strip()
-        raise RuntimeError(f"a simulation failed in a worker process:\n{text}") from None
+        return RuntimeError(f"a simulation failed in a worker process:\n{text}")
 
 
 _loaded = functools.cache(pickle.loads)
