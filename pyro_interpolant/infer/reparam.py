@@ -3,7 +3,6 @@ r"""Inference in base space: :math:`z \sim q` becomes :math:`z = T(w)`, :math:`w
 ``base_space`` does so for learned priors in a model, ``neural_transport`` for all latent sites.
 """
 
-import collections
 import contextlib
 import functools
 import math
@@ -89,7 +88,9 @@ class BaseSpace:
             first, count = self._at(0.0, named, *args, **kwargs)
             places = torch.linspace(0, 1, min(count, _RUNS)).tolist()[1:]
             runs = [first, *(self._at(p, named, *args, **kwargs)[0] for p in places)]
-        parts = _parts(runs)
+        # Of each part of a packed site: its name, what the two share, and its site.
+        nodes = [(name, node.get("infer") or {}) for run in runs for name, node in run.items()]
+        parts = [(name, *infer[PART]) for name, infer in nodes if PART in infer]
         for name, node in {k: v for run in reversed(runs) for k, v in run.items()}.items():
             mark = (node.get("infer") or {}).get(_MARK)
             if mark is None or name not in named:
@@ -108,7 +109,7 @@ class BaseSpace:
                 named[site] = value
             else:
                 by_site = flow.unpack(value)
-                named |= {name: by_site[part] for name, part in parts.get(packed, {}).items()}
+                named |= {name: by_site[part] for name, own, part in parts if own is packed}
         return named
 
     def _at(
@@ -117,17 +118,6 @@ class BaseSpace:
         """Return the sites of a run with one of the draws, and how many draws there are."""
         with _AtDraw(draws, place) as given:
             return cast("Nodes", poutine.trace(self).get_trace(*args, **kwargs).nodes), given.count
-
-
-def _parts(runs: list[Nodes]) -> dict[object, dict[str, str]]:
-    """Return, by what a packed site and its parts share, the name of each part and its site."""
-    found = collections.defaultdict[object, dict[str, str]](dict)
-    for run in runs:
-        for name, node in run.items():
-            part = (node.get("infer") or {}).get(PART)
-            if part is not None:
-                found[part[0]][name] = part[1]
-    return dict(found)
 
 
 class _AtDraw(Messenger):
