@@ -475,7 +475,5 @@ def _checked_trace(density: LogJoint, z: Tensor) -> Nodes:
 
 
 def _scored(trace: Nodes) -> Iterator[Site]:
-    """Yield the sites of a trace that carry a log density."""
-    for site in trace.values():
-        if is_sampled(site):
-            yield site
+    """Return the sites of a trace that carry a log density."""
+    return filter(is_sampled, trace.values())

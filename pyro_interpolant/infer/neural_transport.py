@@ -17,6 +17,7 @@ from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
+from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.mask_messenger import MaskMessenger
 from pyro.poutine.messenger import Messenger
@@ -33,7 +34,7 @@ from ..distributions.supports import OnEvents
 from ..transforms.bijections import Unseen
 from ..transforms.gaussianize import without_gaussianizer
 from .autoguide import AutoInterpolant
-from .reparam import is_conditioned, is_replayed, requested_value
+from .reparam import holders, requested_value
 from .sites import (
     LatentSites,
     Model,
@@ -204,11 +205,8 @@ def _parts(transform: Transform) -> list[Transform]:
 
 def _unwrapped(transform: Transform) -> Transform:
     """Return the transform inside those that only sum its log-determinant, or keep its values."""
-    while True:
-        inner = getattr(transform, "base_transform", getattr(transform, "wrapped", None))
-        if inner is None:
-            return transform
-        transform = inner
+    inner = getattr(transform, "base_transform", getattr(transform, "wrapped", None))
+    return transform if inner is None else _unwrapped(inner)
 
 
 class _Image(dist.Delta):
@@ -258,15 +256,16 @@ class _Images(Messenger):
             if msg["is_observed"] and not msg["infer"].get("_deterministic"):
                 valid = has_density(msg["fn"], msg["value"], mask=_mask())
                 if not isinstance(valid, bool):
-                    self._leave_out(~valid, 0.0)
+                    self.left_out = torch.where(valid, 0.0, -math.inf)
                     msg["fn"] = msg["fn"].mask(valid)  # its formula may give no number there
             return
-        if msg["is_observed"] or is_conditioned(msg["name"], self.base, self):
+        others = list(holders(msg["name"], self.base, self))
+        if msg["is_observed"] or any(isinstance(m, ConditionMessenger) for m in others):
             raise ValueError(
                 f"expected site {msg['name']!r} to be latent, as when the guide was set up, got "
                 "it observed: train a guide of the model with these data"
             )
-        if is_replayed(msg["name"], self.base, self):
+        if others:
             raise ValueError(
                 f"expected values of the base draw {self.base!r}, got site {msg['name']!r} "
                 "replayed, as of a guide over it: give such a guide the model itself"
@@ -292,17 +291,12 @@ class _Images(Messenger):
         valid = has_density(without_masks(fn), None, mask=mask)
         if not isinstance(valid, bool):
             score = torch.where(valid, score, 0.0)
-            self._leave_out(~valid, 0.0 if beside is None else beside)
-        elif beside is not None:
-            self._leave_out(torch.zeros_like(beside, dtype=torch.bool), beside)
+            beside = torch.where(valid, 0.0 if beside is None else beside, -math.inf)
+        self.left_out = beside
         # Of an enumerated site the score may have dimensions more.
         batch = broadcast_shapes(score.shape, value.shape[:events])
         image = value.expand(batch + value.shape[events:])
         return _Image(image, score.expand(batch), event_dim=fn.event_dim)
-
-    def _leave_out(self, where: Tensor, others: Tensor | float) -> None:
-        """Count, beside the site that is sampled now, minus infinity somewhere, or others."""
-        self.left_out = torch.where(where, -math.inf, others)
 
     def _pyro_post_sample(self, msg: Site) -> None:
         if self.left_out is not None:  # only now is the site known to the handlers around

@@ -3,7 +3,6 @@ r"""Inference in base space: :math:`z \sim q` becomes :math:`z = T(w)`, :math:`w
 ``base_space`` does so for learned priors in a model, ``neural_transport`` for all latent sites.
 """
 
-import collections
 import contextlib
 import functools
 import math
@@ -89,28 +88,28 @@ class BaseSpace:
             first, count = self._at(0.0, named, *args, **kwargs)
             places = torch.linspace(0, 1, min(count, _RUNS)).tolist()[1:]
             runs = [first, *(self._at(p, named, *args, **kwargs)[0] for p in places)]
-        parts = _parts(runs)
+        # Of each part of a packed site: its name, what the two share, and its site.
+        nodes = [(name, node.get("infer") or {}) for run in runs for name, node in run.items()]
+        parts = [(name, *infer[PART]) for name, infer in nodes if PART in infer]
         for name, node in {k: v for run in reversed(runs) for k, v in run.items()}.items():
             mark = (node.get("infer") or {}).get(_MARK)
             if mark is None or name not in named:
                 continue
             flow, site, packed = mark
-            if flow.transform.context is not None:
+            other = None if flow.transform.context is None else "a context"
+            if other is None and not all(_has_map(run.get(name), flow) for run in runs):
+                other = "one that depends on other sites"
+            if other is not None:
                 raise ValueError(
                     f"expected priors that are the same for all draws, got the site {site!r} with "
-                    "a context: use Predictive(base_space(model), draws)"
-                )
-            if not all(_has_map(run.get(name), flow) for run in runs):
-                raise ValueError(
-                    f"expected priors that are the same for all draws, got the site {site!r} with "
-                    "one that depends on other sites: use Predictive(base_space(model), draws)"
+                    f"{other}: use Predictive(base_space(model), draws)"
                 )
             value = _image(flow, named.pop(name))
             if packed is None:
                 named[site] = value
             else:
                 by_site = flow.unpack(value)
-                named |= {name: by_site[part] for name, part in parts.get(packed, {}).items()}
+                named |= {name: by_site[part] for name, own, part in parts if own is packed}
         return named
 
     def _at(
@@ -119,17 +118,6 @@ class BaseSpace:
         """Return the sites of a run with one of the draws, and how many draws there are."""
         with _AtDraw(draws, place) as given:
             return cast("Nodes", poutine.trace(self).get_trace(*args, **kwargs).nodes), given.count
-
-
-def _parts(runs: list[Nodes]) -> dict[object, dict[str, str]]:
-    """Return, by what a packed site and its parts share, the name of each part and its site."""
-    found = collections.defaultdict[object, dict[str, str]](dict)
-    for run in runs:
-        for name, node in run.items():
-            part = (node.get("infer") or {}).get(PART)
-            if part is not None:
-                found[part[0]][name] = part[1]
-    return dict(found)
 
 
 class _AtDraw(Messenger):
@@ -230,7 +218,7 @@ class _BaseSpaceMessenger(Messenger):
             return
         name, (flow, wrappers) = msg["name"], _unwrapped(msg["fn"])
         base = name + _BASE
-        if flow is None or is_conditioned(name, base, self) or is_replayed(name, base, self):
+        if flow is None or any(holders(name, base, self)):
             return
         event_dim = msg["fn"].event_dim
         value, site = msg["value"], _in_all_plates(msg, self)
@@ -357,57 +345,27 @@ def _unwrapped(
     return (fn if isinstance(fn, InterpolantDistribution) else None), wrappers
 
 
-def is_conditioned(name: str, base: str, messenger: Messenger) -> bool:
-    """Return whether a ``condition`` around a messenger has a value of the site, none of its base.
+def holders(name: str, base: str, messenger: Messenger) -> Iterator[Messenger]:
+    """Yield what conditions or replays, around a messenger, with a value of a site, not its base.
 
-    By the names that they have there, behind the scopes between. Where it has both, as draws that
-    hold deterministic sites too, the base counts, and the value is taken for its image, unchecked.
-
-    Args:
-        name: The site.
-        base: What is sampled in its place.
-        messenger: The messenger.
-    """
-    return any(
-        isinstance(outer, ConditionMessenger) and own in outer.data and other not in outer.data
-        for outer, own, other in _both_around(name, base, messenger)
-    )
-
-
-def is_replayed(name: str, base: str, messenger: Messenger) -> bool:
-    """Return whether a ``replay`` around a messenger has a value of the site, none of its base.
-
-    As that of a guide over the site.
+    Such as ``replay`` with that of a guide over the site. By the names that both have there,
+    behind the scopes between. Where there are values of both, as of draws that hold deterministic
+    sites too, the base counts, and the site's value is taken for its image, unchecked.
 
     Args:
         name: The site.
         base: What is sampled in its place.
         messenger: The messenger.
     """
-    for outer, own, other in _both_around(name, base, messenger):
-        trace = outer.trace if isinstance(outer, ReplayMessenger) else None
-        if trace is not None and own in trace and other not in trace:
-            return True
-    return False
-
-
-def _both_around(
-    name: str, base: str, messenger: Messenger
-) -> Iterator[tuple[Messenger, str, str]]:
-    """Yield the messengers around one, and the names of a site and of its base at each."""
-    names = (_names_around(each, messenger) for each in (name, base))
-    for (outer, own), (_, other) in zip(*names, strict=True):
-        yield outer, own, other
-
-
-def _names_around(name: str, messenger: Messenger) -> Iterator[tuple[Messenger, str]]:
-    """Yield the messengers around one, from the inside, and the name that a site has at each."""
+    both: tuple[Message, Message] = {"name": name}, {"name": base}
     for outer in reversed(_PYRO_STACK[: _PYRO_STACK.index(messenger)]):
-        yield outer, name
+        values: Any = outer.data if isinstance(outer, ConditionMessenger) else None
+        values = outer.trace if isinstance(outer, ReplayMessenger) else values
+        if values is not None and both[0]["name"] in values and both[1]["name"] not in values:
+            yield outer
         if isinstance(outer, (ScopeMessenger, NameCountMessenger)):
-            renamed: Message = {"name": name}
-            outer._pyro_sample(renamed)
-            name = str(renamed["name"])
+            for msg in both:
+                outer._pyro_sample(msg)  # renames it
 
 
 class _AskedForMore(Exception):

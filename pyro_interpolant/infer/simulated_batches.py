@@ -81,17 +81,12 @@ class SimulatedBatches:
         start = trained = 0
         for found in self._finite():
             rows, context = self.pack(found)
-            new = ~self._is_held(keys_of(Rows(rows, context)), start)
+            keys, held = keys_of(Rows(rows, context)), self._held_keys
+            new = ~(self._marker.mark(keys, start) if held is None else torch.isin(keys, held))
             start, trained = start + len(new), trained + int(new.sum())
             self.trained = max(self.trained, trained)
             if bool(new.any()):
                 yield rows[new], context[new]
-
-    def _is_held(self, keys: Tensor, start: int) -> Tensor:
-        """Return whether simulations of such keys, from a place on, are held out, ``(B,)``."""
-        if self._held_keys is not None:
-            return torch.isin(keys, self._held_keys)
-        return self._marker.mark(keys, start)
 
     def _finite(self) -> Iterator[Simulations]:
         """Yield the finite simulations of each batch, and count."""

@@ -16,6 +16,7 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from .._torch import draws, seeded, warn_user
 from ..distributions.constraints import biject
@@ -200,7 +201,7 @@ class Simulator:
                 f"expected sites {latent} to be latent, as when the guide was set up, got them "
                 "observed: set up a new guide with these arguments, guide(*args)"
             )
-        self.kept = {name: self._log_probs(nodes, [name])[0] for name in kept}
+        self.kept = {name: self._log_probs(nodes, [name]).sum() for name in kept}
 
     def _check_kept(self, nodes: Nodes, count: int | None = None) -> None:
         """Raise a ValueError where an observed site that keeps its value is one of the data.
@@ -214,7 +215,7 @@ class Simulator:
         """
         data = []
         for name, known in self.kept.items():
-            found = self._log_probs(nodes, [name], count)
+            found = self._log_probs(nodes, [name], count).sum(-1)
             if not torch.allclose(found, known.expand_as(found), rtol=1e-4, atol=1e-4):
                 data.append(name)
         if data:
@@ -293,14 +294,12 @@ class Simulator:
         values, count = {name: value[index] for name, value in values.items()}, len(index)
         given = {name: values[name] for name in self.sampled}
         with seeded(0):
-            nodes, again = self._run(count, given), self._run(count, given)
+            runs = self._run(count, given), self._run(count, given)
             if draws() > 0:  # noise that is no site's may be drawn once for all of a plate
                 return False
-        together = torch.cat(self._each_log_prob(nodes, self.sampled, count), -1)
-        repeated = torch.cat(self._each_log_prob(again, self.sampled, count), -1)
-        if not torch.equal(together.nan_to_num(), repeated.nan_to_num()):  # noise, not torch's
-            return False
-        if not self._are_equal(nodes, again):
+        together, again = (self._log_probs(nodes, self.sampled, count) for nodes in runs)
+        is_same = torch.equal(together.nan_to_num(), again.nan_to_num())
+        if not (is_same and self._are_equal(*runs)):  # noise, not torch's
             return False
         finite = together.isfinite().all(-1).nonzero()[:_PROBES, 0]
         if not len(finite):  # of a simulator's own noise: they tell nothing
@@ -308,12 +307,12 @@ class Simulator:
         together, values = together[finite], {k: v[finite] for k, v in values.items()}
         for i in range(len(finite)):
             own = self._run(None, {name: values[name][i] for name in self.sampled})
-            alone = torch.cat(self._each_log_prob(own, self.sampled))
+            alone = self._log_probs(own, self.sampled)
             if not torch.allclose(alone, together[i], rtol=1e-4, atol=1e-4):
                 return False
-            for name in self.shapes:  # deterministic ones, too, in whatever unit
-                if not is_near(own[name]["value"], values[name], i):
-                    return False
+            # Deterministic ones, too, in whatever unit.
+            if not all(is_near(own[name]["value"], values[name], i) for name in self.shapes):
+                return False
         return True
 
     def at(self, count: int, values: Mapping[str, Tensor] | None = None) -> Simulations:
@@ -334,12 +333,11 @@ class Simulator:
             count: How many, N.
             given: Values of sites, each ``(N, *site_shape)``, that are not drawn then, or None.
         """
-        size, known, calls = _CALL if self.batching == "loop" else self.rows, given or {}, []
-        for start in range(0, count, size):
-            stop = min(count, start + size)
-            few = {k: v[start:stop] for k, v in known.items()}
-            calls.append((stop - start, self.batching, few))
-        return calls
+        size, known = _CALL if self.batching == "loop" else self.rows, given or {}
+        return [
+            (min(size, count - i), self.batching, {k: v[i : i + size] for k, v in known.items()})
+            for i in range(0, count, size)
+        ]
 
     def prior(self, count: int) -> Simulations:
         """Return draws of the latents, their data those of the ``early`` sites alone.
@@ -367,7 +365,7 @@ class Simulator:
                 nodes = self._run(None, given, latents_alone=True)
                 if draws() > 0:
                     return False
-            found.append(self._log_probs(nodes, list(self.latents)))
+            found.append(self._log_probs(nodes, self.latents))
         return torch.equal(*(each.nan_to_num() for each in found))
 
     def log_prior(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -392,10 +390,9 @@ class Simulator:
         """
         count = len(next(iter(values.values())))
         if self.batching == "plate":
-            nodes = self._run(count, values)
-            return torch.cat(self._each_log_prob(nodes, self.sampled, count), -1)
+            return self._log_probs(self._run(count, values), self.sampled, count)
         runs = (self._run(None, {k: v[i] for k, v in values.items()}) for i in range(count))
-        return torch.stack([torch.cat(self._each_log_prob(run, self.sampled)) for run in runs])
+        return torch.stack([self._log_probs(run, self.sampled) for run in runs])
 
     @torch.no_grad()
     def _drawn(
@@ -418,14 +415,12 @@ class Simulator:
 
         if batching == "vmap":
             with unchecked():
-                latents, data, log_prior = in_lanes(single, count, given)
-            return Simulations(latents, data, log_prior, 0)
-        parts = [single({k: v[i] for k, v in given.items()}) for i in range(count)]
-        latents, data = (
-            {name: torch.stack([part[i][name] for part in parts]) for name in parts[0][i]}
-            for i in (0, 1)
-        )
-        return Simulations(latents, data, torch.stack([part[2] for part in parts]), 0)
+                found = in_lanes(single, count, given)
+        else:
+            rows = ({k: v[i] for k, v in given.items()} for i in range(count))
+            found = default_collate([single(row) for row in rows])
+        latents, data, log_prior = found
+        return Simulations(latents, data, log_prior, 0)
 
     def _collected(
         self, nodes: Nodes, count: int | None = None, *, latents_alone: bool = False
@@ -450,21 +445,15 @@ class Simulator:
         if not latents_alone:  # of these latents, and perhaps of no others
             check_rows_count(nodes)
             self._check_kept(nodes, count)
-        log_prior = self._log_probs(nodes, list(self.latents), count).sum(0)
+        each = [self._log_probs(nodes, [name], count).sum(-1) for name in self.latents]
         shapes = self.early if latents_alone else self.shapes
-        return Simulations(of(self.latents), of(shapes), log_prior, 0)
+        return Simulations(of(self.latents), of(shapes), torch.stack(each).sum(0), 0)
 
-    def _log_probs(self, nodes: Nodes, names: list[str], count: int | None = None) -> Tensor:
-        """Return the log density of each site, shape ``(K,)``, or ``(K, N)`` of N simulations."""
-        return torch.stack([each.sum(-1) for each in self._each_log_prob(nodes, names, count)])
-
-    def _each_log_prob(
-        self, nodes: Nodes, names: list[str], count: int | None = None
-    ) -> list[Tensor]:
-        """Return all log densities of each site, ``(M,)``, or ``(N, M)`` of N simulations."""
+    def _log_probs(self, nodes: Nodes, names: Iterable[str], count: int | None = None) -> Tensor:
+        """Return all log densities of sites, shape ``(M,)``, or ``(N, M)`` of N simulations."""
         lead = () if count is None else (count,)
         found = [nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in names]
-        return [f.reshape((*lead, -1)) for f in found]
+        return torch.cat([f.reshape((*lead, -1)) for f in found], -1)
 
     def _run(
         self,

@@ -58,8 +58,9 @@ def called_in_workers(
             for each in arguments
         ]
         for call in calls:
-            value, failure, can_import = call.result()
-            yield _found(value, failure, can_import=can_import)
+            if isinstance(found := call.result(), Exception):
+                raise found
+            yield pickle.loads(found)
     except BrokenProcessPool as error:
         raise RuntimeError(
             "a worker process ended before its time: it was killed, as for lack of memory, or the "
@@ -67,18 +68,6 @@ def called_in_workers(
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _found(value: bytes | None, failure: str, *, can_import: bool) -> Any:
-    """Return what a call returned, or raise what it raised."""
-    if value is not None:
-        return pickle.loads(value)
-    if not can_import:
-        raise ValueError(
-            f"expected a model that a worker process can import, got: {failure.strip()}; "
-            f"{_IMPORTABLE}"
-        )
-    raise RuntimeError(f"a simulation failed in a worker process:\n{failure.strip()}")
 
 
 # In a worker.
@@ -93,23 +82,22 @@ def _begin(work: bytes, dtype: torch.dtype, settings: dict[str, Any], params: by
     _STATE["work"] = work
 
 
-def _call(seed: int, arguments: bytes) -> tuple[bytes | None, str, bool]:
-    """Return what the function returns, or how it failed, and whether it could be imported."""
+def _call(seed: int, arguments: bytes) -> bytes | Exception:
+    """Return what the function returns, pickled, or the error to raise where it can be read."""
     try:
-        function = _function()
+        function = _loaded(_STATE["work"])
     except Exception as error:  # of any kind: an import runs the user's own lines
-        return None, "".join(traceback.format_exception_only(error)), False
+        text = "".join(traceback.format_exception_only(error)).strip()
+        return ValueError(
+            f"expected a model that a worker process can import, got: {text}; {_IMPORTABLE}"
+        )
     pyro.set_rng_seed(seed)
     try:
-        return pickle.dumps(function(*pickle.loads(arguments))), "", True
+        return pickle.dumps(function(*pickle.loads(arguments)))
     except Exception as error:
-        return None, "".join(traceback.format_exception(error)), True
+        text = "".join(traceback.format_exception(error)).strip()
+        return RuntimeError(f"a simulation failed in a worker process:\n{text}")
 
 
-@functools.cache
-def _function() -> Callable[..., Any]:
-    function: Callable[..., Any] = pickle.loads(_STATE["work"])
-    return function
-
-
+_loaded = functools.cache(pickle.loads)
 _STATE: dict[str, bytes] = {}

@@ -50,11 +50,7 @@ class Particles(NamedTuple):
     def where(self, chosen: Tensor, other: "Particles") -> "Particles":
         """Return these particles where ``chosen``, shape ``(N,)``, and the others elsewhere."""
         rows = chosen[:, None]
-        return Particles(
-            torch.where(rows, self.x, other.x),
-            torch.where(chosen, self.log_p, other.log_p),
-            torch.where(rows, self.gradient, other.gradient),
-        )
+        return Particles(*map(torch.where, (rows, chosen, rows), self, other))
 
 
 class LogDensity:
