@@ -118,7 +118,8 @@ class IdentityCache:
         if is_compiling():
             return
         self._last = weakref.ref(entry.x), weakref.ref(entry.y), entry.forward
-        if _any_functorch((entry.x, entry.y, *sources)) or _any_dual(sources):
+        tensors = entry.x, entry.y, *sources
+        if _any_functorch(tensors) or _any_dual(tensors):
             return
         entry.token = _token(entry, sources, key)
         output = entry.y if entry.forward else entry.x

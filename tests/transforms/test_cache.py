@@ -798,6 +798,19 @@ def test_tangents_of_weights_are_those_of_this_call(kind):
 
 
 @every_kind
+def test_tangents_changed_in_place_are_those_of_this_call(kind):
+    d, x, along = prior(kind).freeze(), torch.randn(5, 2), torch.randn(5, 2)
+    _, expected = torch.func.jvp(d.log_prob, (x,), (along,))
+    with forward_ad.dual_level():
+        tangent = torch.zeros(5, 2)
+        dual = forward_ad.make_dual(x, tangent)
+        d.log_prob(dual)
+        tangent.copy_(along)  # as gradcheck does, number by number
+        found = forward_ad.unpack_dual(d.log_prob(dual)).tangent
+    torch.testing.assert_close(found, expected)
+
+
+@every_kind
 def test_vmap_leaves_nothing_behind(kind):
     d = prior(kind).freeze()
     x = d.sample((5,))
