@@ -17,6 +17,7 @@ from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
+from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.mask_messenger import MaskMessenger
 from pyro.poutine.messenger import Messenger
@@ -33,7 +34,7 @@ from ..distributions.supports import OnEvents
 from ..transforms.bijections import Unseen
 from ..transforms.gaussianize import without_gaussianizer
 from .autoguide import AutoInterpolant
-from .reparam import is_conditioned, is_replayed, requested_value
+from .reparam import giver_around, requested_value
 from .sites import (
     LatentSites,
     Model,
@@ -261,12 +262,13 @@ class _Images(Messenger):
                     self._leave_out(~valid, 0.0)
                     msg["fn"] = msg["fn"].mask(valid)  # its formula may give no number there
             return
-        if msg["is_observed"] or is_conditioned(msg["name"], self.base, self):
+        giver = giver_around(msg["name"], self.base, self)
+        if msg["is_observed"] or isinstance(giver, ConditionMessenger):
             raise ValueError(
                 f"expected site {msg['name']!r} to be latent, as when the guide was set up, got "
                 "it observed: train a guide of the model with these data"
             )
-        if is_replayed(msg["name"], self.base, self):
+        if giver is not None:
             raise ValueError(
                 f"expected values of the base draw {self.base!r}, got site {msg['name']!r} "
                 "replayed, as of a guide over it: give such a guide the model itself"

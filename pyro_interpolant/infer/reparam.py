@@ -230,7 +230,7 @@ class _BaseSpaceMessenger(Messenger):
             return
         name, (flow, wrappers) = msg["name"], _unwrapped(msg["fn"])
         base = name + _BASE
-        if flow is None or is_conditioned(name, base, self) or is_replayed(name, base, self):
+        if flow is None or giver_around(name, base, self) is not None:
             return
         event_dim = msg["fn"].event_dim
         value, site = msg["value"], _in_all_plates(msg, self)
@@ -357,47 +357,27 @@ def _unwrapped(
     return (fn if isinstance(fn, InterpolantDistribution) else None), wrappers
 
 
-def is_conditioned(name: str, base: str, messenger: Messenger) -> bool:
-    """Return whether a ``condition`` around a messenger has a value of the site, none of its base.
-
-    By the names that they have there, behind the scopes between. Where it has both, as draws that
-    hold deterministic sites too, the base counts, and the value is taken for its image, unchecked.
-
-    Args:
-        name: The site.
-        base: What is sampled in its place.
-        messenger: The messenger.
-    """
-    return any(
-        isinstance(outer, ConditionMessenger) and own in outer.data and other not in outer.data
-        for outer, own, other in _both_around(name, base, messenger)
-    )
-
-
-def is_replayed(name: str, base: str, messenger: Messenger) -> bool:
-    """Return whether a ``replay`` around a messenger has a value of the site, none of its base.
-
-    As that of a guide over the site.
-
-    Args:
-        name: The site.
-        base: What is sampled in its place.
-        messenger: The messenger.
-    """
-    for outer, own, other in _both_around(name, base, messenger):
-        trace = outer.trace if isinstance(outer, ReplayMessenger) else None
-        if trace is not None and own in trace and other not in trace:
-            return True
-    return False
-
-
-def _both_around(
+def giver_around(
     name: str, base: str, messenger: Messenger
-) -> Iterator[tuple[Messenger, str, str]]:
-    """Yield the messengers around one, and the names of a site and of its base at each."""
+) -> ConditionMessenger | ReplayMessenger | None:
+    """Return what around a messenger, if anything, has a value of the site, none of its base.
+
+    A ``condition``, or a ``replay``, as that of a guide over the site. By the names that they have
+    there, behind the scopes between. Where it has both, as draws that hold deterministic sites
+    too, the base counts, and the value is taken for its image, unchecked.
+
+    Args:
+        name: The site.
+        base: What is sampled in its place.
+        messenger: The messenger.
+    """
     names = (_names_around(each, messenger) for each in (name, base))
     for (outer, own), (_, other) in zip(*names, strict=True):
-        yield outer, own, other
+        if isinstance(outer, (ConditionMessenger, ReplayMessenger)):
+            values = outer.data if isinstance(outer, ConditionMessenger) else outer.trace
+            if values is not None and own in values and other not in values:
+                return outer
+    return None
 
 
 def _names_around(name: str, messenger: Messenger) -> Iterator[tuple[Messenger, str]]:
