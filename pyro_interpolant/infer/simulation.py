@@ -34,7 +34,15 @@ from .runs import (
     state_of_others,
 )
 from .simulations import Simulations, all_of, is_near
-from .sites import LatentSites, Nodes, check_fixed_support, extreme_rows, is_sampled, unchecked
+from .sites import (
+    LatentSites,
+    Nodes,
+    check_fixed_shape,
+    check_fixed_support,
+    extreme_rows,
+    is_sampled,
+    unchecked,
+)
 from .workers import called_in_workers
 
 _PROBES = 3  # simulations on which a plate is compared with single runs
@@ -171,7 +179,7 @@ class Simulator:
         return good
 
     def _check_supports(self, nodes: Nodes) -> None:
-        """Raise a ValueError where the support of a latent site is another in this run.
+        """Raise a ValueError where the shape or support of a latent site is another in this run.
 
         The run draws the sites that it may depend on, which the guide has seen elsewhere.
 
@@ -180,6 +188,7 @@ class Simulator:
         """
         for name, known in self.supports.items():
             fn, value = nodes[name]["fn"], nodes[name]["value"]
+            check_fixed_shape(name, fn.batch_shape + fn.event_shape, value, self.latents[name])
             shape = biject(known).inverse_shape(self.latents[name])
             real = torch.linspace(-1.0, 1.0, shape.numel()).to(value).reshape(shape)
             check_fixed_support(name, biject(fn.support)(real), biject(known)(real))
