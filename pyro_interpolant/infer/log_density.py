@@ -25,6 +25,7 @@ from .sites import (
     Nodes,
     Site,
     Substitute,
+    apart,
     check_fixed_support,
     extreme_rows,
     is_sampled,
@@ -238,7 +239,7 @@ class LogJoint:
                 with Substitute(values, self.sites.shapes):
                     self.model()
 
-        with poutine.block():
+        with apart():
             trace = poutine.trace(run).get_trace()  # whose errors show the shapes of all sites
             nodes = cast("Nodes", trace.nodes)
             try:

@@ -10,7 +10,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Literal
 
 import pyro
 import torch
@@ -21,8 +21,6 @@ from .._torch import draws, seeded, warn_user
 from ..distributions.constraints import biject
 from ..distributions.supports import BijectiveSupport
 from .runs import (
-    AllDrawn,
-    Stop,
     Unobserved,
     attempts,
     check_drawn,
@@ -30,6 +28,7 @@ from .runs import (
     check_reached,
     check_rows_count,
     in_lanes,
+    nodes_of,
     plate_nesting,
     state_of_others,
 )
@@ -88,7 +87,7 @@ class Simulator:
         except NotImplementedError as error:
             raise ValueError(
                 "expected a model that can be simulated, got a site that cannot be drawn from "
-                f"({error}): give improper priors a proper one"
+                f"({str(error).splitlines()[0]}): give improper priors a proper one"
             ) from error
         check_names(nodes, self.latents, observed)
         if all(is_sampled(nodes[name]) for name in observed):
@@ -307,9 +306,8 @@ class Simulator:
                 return False
         together = torch.cat(self._each_log_prob(nodes, self.sampled, count), -1)
         repeated = torch.cat(self._each_log_prob(again, self.sampled, count), -1)
-        if not torch.equal(together.nan_to_num(), repeated.nan_to_num()):  # noise, not torch's
-            return False
-        if not self._are_equal(nodes, again):
+        is_same = torch.equal(together.nan_to_num(), repeated.nan_to_num())
+        if not (is_same and self._are_equal(nodes, again)):  # noise, not torch's
             return False
         finite = together.isfinite().all(-1).nonzero()[:_PROBES, 0]
         if not len(finite):  # of a simulator's own noise: they tell nothing
@@ -417,24 +415,18 @@ class Simulator:
     ) -> Simulations:
         """Return simulations, finite or not."""
         given = given or {}
+
+        def simulated(values: dict[str, Tensor], number: int | None = None) -> Simulations:
+            nodes = self._run(number, values, latents_alone=latents_alone)
+            return self._collected(nodes, number, latents_alone=latents_alone)
+
         if batching == "plate":
-            nodes = self._run(count, given, latents_alone=latents_alone)
-            return self._collected(nodes, count, latents_alone=latents_alone)
-
-        def single(values: dict[str, Tensor]) -> tuple[Any, ...]:
-            nodes = self._run(None, values, latents_alone=latents_alone)
-            return self._collected(nodes, latents_alone=latents_alone)[:3]
-
+            return simulated(given, count)
         if batching == "vmap":
             with unchecked():
-                latents, data, log_prior = in_lanes(single, count, given)
-            return Simulations(latents, data, log_prior, 0)
-        parts = [single({k: v[i] for k, v in given.items()}) for i in range(count)]
-        latents, data = (
-            {name: torch.stack([part[i][name] for part in parts]) for name in parts[0][i]}
-            for i in (0, 1)
-        )
-        return Simulations(latents, data, torch.stack([part[2] for part in parts]), 0)
+                return Simulations(*in_lanes(lambda row: simulated(row)[:3], count, given), 0)
+        rows = ({k: v[i] for k, v in given.items()} for i in range(count))
+        return Simulations.joined([simulated(row) for row in rows], torch.stack)
 
     def _collected(
         self, nodes: Nodes, count: int | None = None, *, latents_alone: bool = False
@@ -495,12 +487,8 @@ class Simulator:
             for name, value in given.items():
                 ones = (1,) * (self.nesting - self.batch_dims[name])
                 given[name] = value.reshape(count, *ones, *value.shape[1:])
-        tracer = poutine.trace()
-        ending = Stop(self.latents) if latents_alone else contextlib.nullcontext()
-        with contextlib.suppress(AllDrawn), poutine.block(), tracer:
-            with poutine.condition(data=given), Unobserved(self.drawn), ending:
-                model()
-        nodes = cast("Nodes", tracer.trace.nodes)
+        model = poutine.condition(Unobserved(self.drawn)(model), given)
+        nodes = nodes_of(model, self.latents if latents_alone else ())
         others = self.early if latents_alone else self.shapes | self.kept
         check_reached(nodes, [*self.latents, *others])
         return nodes

@@ -861,6 +861,14 @@ def by_rows(y):
         pyro.sample("y", dist.Normal(loc, 1.0), obs=y.mT)
 
 
+def test_an_enclosing_plate_is_not_the_simulations():
+    guide = guide_of(by_rows)
+    for _ in range(2):  # at the first call, which sets the guide up, too
+        with pyro.plate("outer", 3):
+            found = guide.simulate(10, torch.ones(4, 2))
+        assert found.latents["loc"].shape == found.data["y"].shape == (10, 2, 4)
+
+
 @pytest.mark.parametrize("shape", [(5, 2), (2, 4)])
 def test_simulations_of_latents_of_another_shape_are_refused(shape):
     """Those of as many numbers would be taken for one another."""
