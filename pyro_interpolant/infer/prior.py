@@ -10,7 +10,7 @@ from torch import Tensor
 from ..distributions.constraints import biject
 from .initialization import init_to_support
 from .log_density import LogJoint
-from .runs import in_lanes, nodes_of
+from .runs import in_lanes, in_plate, nodes_of
 from .sites import unchecked
 
 _RARE = 0.005  # the share of prior draws on either side that is clamped to the rest
@@ -31,9 +31,9 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
     """
     init = functools.partial(init_to_support, init=init_to_sample, spread=IMPROPER_SCALE)
 
-    def draw(*batch: int) -> Tensor:
-        model = density.plate(*batch)(density.model) if batch else density.model
-        nodes = nodes_of(InitMessenger(init)(model), density.sites.sites)
+    def draw(count: int | None = None) -> Tensor:
+        model = InitMessenger(init)(in_plate(density.model, count, density.nesting))
+        nodes, batch = nodes_of(model, density.sites.sites), () if count is None else (count,)
         parts = [
             biject(support).inv(nodes[name]["value"]).reshape(*batch, -1)
             for name, (_, support) in density.sites.sites.items()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
@@ -107,6 +108,24 @@ def nodes_of(model: Model, until: Iterable[str] = ()) -> Nodes:
     with contextlib.suppress(_AllDrawn), apart():
         tracer()
     return cast("Nodes", tracer.trace.nodes)
+
+
+def in_plate(model: Model, count: int | None, nesting: int) -> Model:
+    """Return a model in a plate to the left of all of its own; alone, where there is no count.
+
+    The plate is made in the run, as its sample of indices would else be seen by what is around.
+
+    Args:
+        model: The model.
+        count: The size of the plate, or None.
+        nesting: How many dimensions the plates of the model take.
+    """
+
+    def run() -> Any:
+        with pyro.plate("_draws", count, dim=-1 - nesting):
+            return model()
+
+    return model if count is None else run
 
 
 class DrawnInLanes(TorchFunctionMode):

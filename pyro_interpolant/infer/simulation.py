@@ -28,6 +28,7 @@ from .runs import (
     check_reached,
     check_rows_count,
     in_lanes,
+    in_plate,
     nodes_of,
     plate_nesting,
     state_of_others,
@@ -81,7 +82,8 @@ class Simulator:
         self.model = sites.model
         self.drawn: Sequence[str] | None = None
         self.kept: dict[str, Tensor] = {}  # log densities of observed sites that keep their values
-        self.shapes, self.early = {}, {}  # until they are known, by runs that are checked by them
+        # Until they are known, by runs that are checked by them.
+        self.shapes, self.early, self.nesting = {}, {}, 0
         try:
             nodes = self._run()
         except NotImplementedError as error:
@@ -481,12 +483,12 @@ class Simulator:
             values: Values of sites, each ``(*, *site_shape)``, that are not drawn then.
             latents_alone: Whether to stop the run once all latent sites have been drawn.
         """
-        model, given = self.model, dict(values or {})
-        if count is not None:  # to the left of all plates
-            model = pyro.plate("_simulations", count, dim=-1 - self.nesting)(model)
+        given = dict(values or {})
+        if count is not None:
             for name, value in given.items():
                 ones = (1,) * (self.nesting - self.batch_dims[name])
                 given[name] = value.reshape(count, *ones, *value.shape[1:])
+        model = in_plate(self.model, count, self.nesting)
         model = poutine.condition(Unobserved(self.drawn)(model), given)
         nodes = nodes_of(model, self.latents if latents_alone else ())
         others = self.early if latents_alone else self.shapes | self.kept

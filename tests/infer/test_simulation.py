@@ -864,8 +864,9 @@ def by_rows(y):
 def test_an_enclosing_plate_is_not_the_simulations():
     guide = guide_of(by_rows)
     for _ in range(2):  # at the first call, which sets the guide up, too
-        with pyro.plate("outer", 3):
+        with pyro.plate("outer", 3), poutine.trace() as around:
             found = guide.simulate(10, torch.ones(4, 2))
+        assert not around.trace.nodes
         assert found.latents["loc"].shape == found.data["y"].shape == (10, 2, 4)
 
 
