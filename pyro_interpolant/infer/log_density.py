@@ -18,13 +18,14 @@ from .._torch import draws, is_functorch_tensor, seeded, warn_user
 from ..diagnostics.psis import finite_or_minus_inf
 from ..distributions.constraints import biject
 from .initialization import init_to_support
-from .runs import in_lanes, plate_nesting, state_of_others
+from .runs import in_lanes, in_plate, plate_nesting, state_of_others
 from .sites import (
     LatentSites,
     Model,
     Nodes,
     Site,
     Substitute,
+    apart,
     check_fixed_support,
     extreme_rows,
     is_sampled,
@@ -85,6 +86,7 @@ class LogJoint:
     ) -> None:
         self.sites, self.model = sites, sites.model if model is None else model
         self.event_dim: int = sites.guide.latent_dim
+        self.nesting = 0  # until the first run
         self.off_support: frozenset[str] = frozenset()  # sites whose data are, with leave
         centers = sites.centers() if centers is None else centers
         with torch.no_grad():
@@ -232,14 +234,9 @@ class LogJoint:
             values: The latent sites.
             count: The number of draws they hold, to the left of all plates; None for a single one.
         """
-
-        def run() -> None:
-            with contextlib.nullcontext() if count is None else self.plate(count):
-                with Substitute(values, self.sites.shapes):
-                    self.model()
-
-        with poutine.block():
-            trace = poutine.trace(run).get_trace()  # whose errors show the shapes of all sites
+        model = in_plate(Substitute(values, self.sites.shapes)(self.model), count, self.nesting)
+        with apart():
+            trace = poutine.trace(model).get_trace()  # whose errors show the shapes of all sites
             nodes = cast("Nodes", trace.nodes)
             try:
                 trace.compute_log_prob()
@@ -251,10 +248,6 @@ class LogJoint:
                     "simulations alone, and calibration() judges it"
                 ) from error
         return nodes
-
-    def plate(self, count: int) -> pyro.plate:
-        """Return a plate of draws to the left of all plates of the model."""
-        return pyro.plate("_draws", count, dim=-1 - self.nesting)
 
 
 def log_joint(target: AutoContinuous | Model, *args: object, **kwargs: object) -> LogJoint:

@@ -4,14 +4,13 @@ import contextlib
 import functools
 
 import torch
-from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from torch import Tensor
 
 from ..distributions.constraints import biject
 from .initialization import init_to_support
 from .log_density import LogJoint
-from .runs import AllDrawn, Stop, in_lanes
+from .runs import in_lanes, in_plate, nodes_of
 from .sites import unchecked
 
 _RARE = 0.005  # the share of prior draws on either side that is clamped to the rest
@@ -32,13 +31,11 @@ def prior_draws(density: LogJoint, count: int) -> Tensor | None:
     """
     init = functools.partial(init_to_support, init=init_to_sample, spread=IMPROPER_SCALE)
 
-    def draw(*batch: int) -> Tensor:  # up to the last latent: data may be large
-        with contextlib.suppress(AllDrawn), poutine.block(), poutine.trace() as tracer:
-            with InitMessenger(init), Stop(density.sites.sites):
-                with density.plate(*batch) if batch else contextlib.nullcontext():
-                    density.model()
+    def draw(count: int | None = None) -> Tensor:
+        model = InitMessenger(init)(in_plate(density.model, count, density.nesting))
+        nodes, batch = nodes_of(model, density.sites.sites), () if count is None else (count,)
         parts = [
-            biject(support).inv(tracer.trace.nodes[name]["value"]).reshape(*batch, -1)
+            biject(support).inv(nodes[name]["value"]).reshape(*batch, -1)
             for name, (_, support) in density.sites.sites.items()
         ]
         return torch.cat(parts, dim=-1)

@@ -13,7 +13,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from numpy.typing import ArrayLike
-from pyro import poutine
 from pyro.contrib.autoname.scoping import NameCountMessenger, ScopeMessenger
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
@@ -34,6 +33,7 @@ from ..distributions.joint import PACKED, PART, sample_in_place
 from ..distributions.rounding import are_close
 from ..distributions.rows import as_tensor
 from .initialization import whole_value
+from .runs import nodes_of
 from .sites import OWN_FACTOR, Model, Nodes, Site
 
 _BASE = "_base"  # what a site in base space has after its name
@@ -116,8 +116,8 @@ class BaseSpace:
         self, place: float, draws: Mapping[str, Tensor], *args: object, **kwargs: object
     ) -> tuple[Nodes, int]:
         """Return the sites of a run with one of the draws, and how many draws there are."""
-        with _AtDraw(draws, place) as given:
-            return cast("Nodes", poutine.trace(self).get_trace(*args, **kwargs).nodes), given.count
+        given = _AtDraw(draws, place)
+        return nodes_of(given(functools.partial(self, *args, **kwargs))), given.count
 
 
 class _AtDraw(Messenger):

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _DIM_ALLOCATOR, Message
+from pyro.poutine.runtime import Message
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -28,6 +29,7 @@ from .sites import (
     Model,
     Nodes,
     Site,
+    apart,
     is_deterministic,
     is_sampled,
     is_subsample,
@@ -76,35 +78,54 @@ class Unobserved(Messenger):
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
-def nodes_of(model: Model) -> Nodes:
-    """Return the sites of a run of a model, outside all enclosing handlers and plates."""
-    stack, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
-    try:
-        with poutine.block():
-            return cast("Nodes", poutine.trace(model).get_trace().nodes)
-    finally:
-        _DIM_ALLOCATOR._stack = stack
+class _AllDrawn(Exception):
+    """All sites that a run was for have been drawn."""
 
 
-class AllDrawn(Exception):
-    """All latent sites of a run have been drawn."""
-
-
-class Stop(Messenger):
-    """End a run once sites have been drawn.
-
-    Args:
-        names: The sites.
-    """
+class _Stop(Messenger):
+    """End a run once all of some sites have been drawn; of none, never."""
 
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__()
         self.left = set(names)
 
     def _pyro_post_sample(self, msg: Message) -> None:
-        self.left.discard(str(msg["name"]))
-        if not self.left:
-            raise AllDrawn
+        if msg["name"] in self.left:
+            self.left.remove(msg["name"])
+            if not self.left:
+                raise _AllDrawn
+
+
+def nodes_of(model: Model, until: Iterable[str] = ()) -> Nodes:
+    """Return the sites of a run of a model, apart from all enclosing handlers and plates.
+
+    Args:
+        model: The model.
+        until: The sites whose draws the run is for: once all have been drawn it ends, as data may
+            be large. None of them is for a whole run.
+    """
+    tracer = poutine.trace(_Stop(until)(model))  # whose errors show the shapes of all sites
+    with contextlib.suppress(_AllDrawn), apart():
+        tracer()
+    return cast("Nodes", tracer.trace.nodes)
+
+
+def in_plate(model: Model, count: int | None, nesting: int) -> Model:
+    """Return a model in a plate to the left of all of its own; alone, where there is no count.
+
+    The plate is made in the run, as its sample of indices would else be seen by what is around.
+
+    Args:
+        model: The model.
+        count: The size of the plate, or None.
+        nesting: How many dimensions the plates of the model take.
+    """
+
+    def run() -> Any:
+        with pyro.plate("_draws", count, dim=-1 - nesting):
+            return model()
+
+    return model if count is None else run
 
 
 class DrawnInLanes(TorchFunctionMode):

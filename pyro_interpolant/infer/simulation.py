@@ -10,20 +10,17 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Literal
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from .._torch import draws, seeded, warn_user
 from ..distributions.constraints import biject
 from ..distributions.supports import BijectiveSupport
 from .runs import (
-    AllDrawn,
-    Stop,
     Unobserved,
     attempts,
     check_drawn,
@@ -31,11 +28,21 @@ from .runs import (
     check_reached,
     check_rows_count,
     in_lanes,
+    in_plate,
+    nodes_of,
     plate_nesting,
     state_of_others,
 )
 from .simulations import Simulations, all_of, is_near
-from .sites import LatentSites, Nodes, check_fixed_support, extreme_rows, is_sampled, unchecked
+from .sites import (
+    LatentSites,
+    Nodes,
+    check_fixed_shape,
+    check_fixed_support,
+    extreme_rows,
+    is_sampled,
+    unchecked,
+)
 from .workers import called_in_workers
 
 _PROBES = 3  # simulations on which a plate is compared with single runs
@@ -75,13 +82,14 @@ class Simulator:
         self.model = sites.model
         self.drawn: Sequence[str] | None = None
         self.kept: dict[str, Tensor] = {}  # log densities of observed sites that keep their values
-        self.shapes, self.early = {}, {}  # until they are known, by runs that are checked by them
+        # Until they are known, by runs that are checked by them.
+        self.shapes, self.early, self.nesting = {}, {}, 0
         try:
             nodes = self._run()
         except NotImplementedError as error:
             raise ValueError(
                 "expected a model that can be simulated, got a site that cannot be drawn from "
-                f"({error}): give improper priors a proper one"
+                f"({str(error).splitlines()[0]}): give improper priors a proper one"
             ) from error
         check_names(nodes, self.latents, observed)
         if all(is_sampled(nodes[name]) for name in observed):
@@ -172,7 +180,7 @@ class Simulator:
         return good
 
     def _check_supports(self, nodes: Nodes) -> None:
-        """Raise a ValueError where the support of a latent site is another in this run.
+        """Raise a ValueError where the shape or support of a latent site is another in this run.
 
         The run draws the sites that it may depend on, which the guide has seen elsewhere.
 
@@ -181,6 +189,7 @@ class Simulator:
         """
         for name, known in self.supports.items():
             fn, value = nodes[name]["fn"], nodes[name]["value"]
+            check_fixed_shape(name, fn.batch_shape + fn.event_shape, value, self.latents[name])
             shape = biject(known).inverse_shape(self.latents[name])
             real = torch.linspace(-1.0, 1.0, shape.numel()).to(value).reshape(shape)
             check_fixed_support(name, biject(fn.support)(real), biject(known)(real))
@@ -405,22 +414,18 @@ class Simulator:
     ) -> Simulations:
         """Return simulations, finite or not."""
         given = given or {}
+
+        def simulated(values: dict[str, Tensor], number: int | None = None) -> Simulations:
+            nodes = self._run(number, values, latents_alone=latents_alone)
+            return self._collected(nodes, number, latents_alone=latents_alone)
+
         if batching == "plate":
-            nodes = self._run(count, given, latents_alone=latents_alone)
-            return self._collected(nodes, count, latents_alone=latents_alone)
-
-        def single(values: dict[str, Tensor]) -> tuple[Any, ...]:
-            nodes = self._run(None, values, latents_alone=latents_alone)
-            return self._collected(nodes, latents_alone=latents_alone)[:3]
-
+            return simulated(given, count)
         if batching == "vmap":
             with unchecked():
-                found = in_lanes(single, count, given)
-        else:
-            rows = ({k: v[i] for k, v in given.items()} for i in range(count))
-            found = default_collate([single(row) for row in rows])
-        latents, data, log_prior = found
-        return Simulations(latents, data, log_prior, 0)
+                return Simulations(*in_lanes(lambda row: simulated(row)[:3], count, given), 0)
+        rows = ({k: v[i] for k, v in given.items()} for i in range(count))
+        return Simulations.joined([simulated(row) for row in rows], torch.stack)
 
     def _collected(
         self, nodes: Nodes, count: int | None = None, *, latents_alone: bool = False
@@ -469,18 +474,14 @@ class Simulator:
             values: Values of sites, each ``(*, *site_shape)``, that are not drawn then.
             latents_alone: Whether to stop the run once all latent sites have been drawn.
         """
-        model, given = self.model, dict(values or {})
-        if count is not None:  # to the left of all plates
-            model = pyro.plate("_simulations", count, dim=-1 - self.nesting)(model)
+        given = dict(values or {})
+        if count is not None:
             for name, value in given.items():
                 ones = (1,) * (self.nesting - self.batch_dims[name])
                 given[name] = value.reshape(count, *ones, *value.shape[1:])
-        tracer = poutine.trace()
-        ending = Stop(self.latents) if latents_alone else contextlib.nullcontext()
-        with contextlib.suppress(AllDrawn), poutine.block(), tracer:
-            with poutine.condition(data=given), Unobserved(self.drawn), ending:
-                model()
-        nodes = cast("Nodes", tracer.trace.nodes)
+        model = in_plate(self.model, count, self.nesting)
+        model = poutine.condition(Unobserved(self.drawn)(model), given)
+        nodes = nodes_of(model, self.latents if latents_alone else ())
         others = self.early if latents_alone else self.shapes | self.kept
         check_reached(nodes, [*self.latents, *others])
         return nodes

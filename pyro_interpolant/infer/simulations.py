@@ -1,6 +1,6 @@
 """Draws of the prior and the data simulated with them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,14 +23,18 @@ class Simulations(NamedTuple):
     improper: int
 
     @classmethod
-    def joined(cls, parts: "Sequence[Simulations]") -> "Simulations":
-        """Return all of several, one after the other."""
+    def joined(
+        cls,
+        parts: "Sequence[Simulations]",
+        join: Callable[[list[Tensor]], Tensor] = torch.cat,
+    ) -> "Simulations":
+        """Return all of several, one after the other, or of single ones, by ``torch.stack``."""
 
         def joined(which: str) -> dict[str, Tensor]:
             found = [getattr(part, which) for part in parts]
-            return {name: torch.cat([f[name] for f in found]) for name in found[0]}
+            return {name: join([f[name] for f in found]) for name in found[0]}
 
-        log_prior = torch.cat([part.log_prior for part in parts])
+        log_prior = join([part.log_prior for part in parts])
         improper = sum(part.improper for part in parts)
         return cls(joined("latents"), joined("data"), log_prior, improper)
 

@@ -19,7 +19,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
+from pyro.poutine.runtime import _DIM_ALLOCATOR, Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, constraints, register_kl
@@ -41,6 +41,20 @@ Model = Callable[..., Any]
 OWN_FACTOR = "_interpolant_jacobian"  # marks base space's own factors, which no user wrote
 SPREAD_DRAWS = 4096  # of a posterior, whose middle and quantiles are to be known
 _EXTREMES = 256  # rows with the most extreme numbers, in whose company others are evaluated
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Keep a run of a model from all enclosing handlers and plates.
+
+    To the left of these its own plates would have other dimensions, and its sites other shapes.
+    """
+    stack, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
+    try:
+        with poutine.block():
+            yield
+    finally:
+        _DIM_ALLOCATOR._stack = stack
 
 
 @contextlib.contextmanager
@@ -210,13 +224,12 @@ class LatentSites:
     """
 
     def __init__(self, guide: AutoContinuous, *args: object, **kwargs: object) -> None:
-        if guide.master is not None and guide.master().prototype_trace is None:  # it is a part
-            poutine.block(guide.master())(*args, **kwargs)
-        if guide.prototype_trace is None:
-            with unsupported_sites_named(guide):
+        with apart(), unsupported_sites_named(guide):
+            if guide.master is not None and guide.master().prototype_trace is None:  # it is a part
+                guide.master()(*args, **kwargs)
+            if guide.prototype_trace is None:
                 guide._setup_prototype(*args, **kwargs)
-        if not hasattr(guide, "plates"):
-            with poutine.block():
+            if not hasattr(guide, "plates"):
                 guide._create_plates(*args, **kwargs)
         self.guide, self.args, self.kwargs = guide, args, kwargs
         self.sites = {

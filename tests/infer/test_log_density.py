@@ -956,6 +956,26 @@ def test_of_no_draws_there_are_no_densities(batching):
     assert z.grad.shape == z.shape
 
 
+@pytest.mark.parametrize("dim", [None, -1])
+def test_an_enclosing_plate_is_not_the_model_s(dim):
+    """The model's own would be to the left of it, or collide with it."""
+
+    def model(y):
+        with pyro.plate("rows", 5, dim=dim):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(x, 2.0), obs=y)
+
+    y, z = torch.arange(5.0), torch.randn(3, 5)
+    exact = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 2.0).log_prob(y)
+    outside = log_joint(model, y)
+    with pyro.plate("outer", 3):
+        inside = log_joint(model, y)
+        for density in (outside, inside):
+            assert torch.allclose(density(z), exact.sum(-1))
+        assert prior_draws(inside, 10).shape == (10, 5)
+    assert torch.allclose(inside(z), exact.sum(-1))
+
+
 def test_draws_that_do_not_fit_are_refused():
     density = log_joint(plated)
     draws = density.unpack(torch.randn(5, 10))

@@ -992,6 +992,22 @@ def test_the_parts_of_a_joint_prior_come_by_name_where_one_is_intervened_on():
         assert torch.equal(found["tau"], expected["tau"])
 
 
+def test_runs_that_tell_of_priors_are_apart_from_what_is_around():
+    prior = random_prior(2)
+
+    def model():
+        with pyro.plate("rows", 3, dim=-1):
+            pyro.sample("z", prior)
+
+    base, draws = base_space(model), {"z_base": torch.randn(10, 3, 2)}
+    expected = base.samples(draws)["z"]
+    with poutine.trace() as around:
+        assert torch.equal(base.samples(draws)["z"], expected)
+    assert not around.trace.nodes
+    with pyro.plate("outer", 3):
+        assert torch.equal(base.samples(draws)["z"], expected)
+
+
 @pytest.mark.parametrize("size", [7, 2], ids=["whole", "part"])
 def test_draws_of_a_plate_that_subsamples_are_of_the_whole_or_of_the_part(size):
     prior = random_prior(2)

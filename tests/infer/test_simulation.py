@@ -853,3 +853,27 @@ def test_rounds_of_a_simulator_without_a_density_are_not_lost():
     with pytest.warns(UserWarning, match="not be judged"):
         result = pi.fit_guide(guide, torch.ones(3), rounds=2, **QUICK)
     assert result.verdict.startswith("Unknown")
+
+
+def by_rows(y):
+    with pyro.plate("rows", len(y)), pyro.plate("columns", y.shape[1]):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y.mT)
+
+
+def test_an_enclosing_plate_is_not_the_simulations():
+    guide = guide_of(by_rows)
+    for _ in range(2):  # at the first call, which sets the guide up, too
+        with pyro.plate("outer", 3), poutine.trace() as around:
+            found = guide.simulate(10, torch.ones(4, 2))
+        assert not around.trace.nodes
+        assert found.latents["loc"].shape == found.data["y"].shape == (10, 2, 4)
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (2, 4)])
+def test_simulations_of_latents_of_another_shape_are_refused(shape):
+    """Those of as many numbers would be taken for one another."""
+    guide = guide_of(by_rows)
+    guide(torch.ones(4, 2))
+    with pytest.raises(ValueError, match=r"'loc' of shape \(2, 4\), .* set up a new guide"):
+        guide.simulate(10, torch.ones(shape))
