@@ -357,14 +357,18 @@ def holders(name: str, base: str, messenger: Messenger) -> Iterator[Messenger]:
         base: What is sampled in its place.
         messenger: The messenger.
     """
-    both: tuple[Message, Message] = {"name": name}, {"name": base}
+    own: Message = {"name": name}
+    under: Message = {"name": base}
     for outer in reversed(_PYRO_STACK[: _PYRO_STACK.index(messenger)]):
-        values: Any = outer.data if isinstance(outer, ConditionMessenger) else None
-        values = outer.trace if isinstance(outer, ReplayMessenger) else values
-        if values is not None and both[0]["name"] in values and both[1]["name"] not in values:
+        values: Any = ()
+        if isinstance(outer, ConditionMessenger):
+            values = outer.data
+        elif isinstance(outer, ReplayMessenger):
+            values = outer.trace or ()
+        if own["name"] in values and under["name"] not in values:
             yield outer
         if isinstance(outer, (ScopeMessenger, NameCountMessenger)):
-            for msg in both:
+            for msg in (own, under):
                 outer._pyro_sample(msg)  # renames it
 
 

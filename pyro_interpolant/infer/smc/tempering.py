@@ -50,7 +50,11 @@ class Particles(NamedTuple):
     def where(self, chosen: Tensor, other: "Particles") -> "Particles":
         """Return these particles where ``chosen``, shape ``(N,)``, and the others elsewhere."""
         rows = chosen[:, None]
-        return Particles(*map(torch.where, (rows, chosen, rows), self, other))
+        return Particles(
+            torch.where(rows, self.x, other.x),
+            torch.where(chosen, self.log_p, other.log_p),
+            torch.where(rows, self.gradient, other.gradient),
+        )
 
 
 class LogDensity:
