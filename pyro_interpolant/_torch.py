@@ -369,6 +369,11 @@ def is_tracing() -> bool:
     return torch._C._get_tracing_state() is not None or is_compiling()
 
 
+def current_trace() -> object:
+    """Return what ``torch.jit`` records in now, one object a trace, or None outside of a trace."""
+    return torch._C._get_tracing_state()
+
+
 def is_compiling() -> bool:
     """Return whether tensors may be without values: for ``torch.compile`` or ``torch.export``."""
     kinds = torch._C._TorchDispatchModeKey

@@ -20,6 +20,7 @@ from torch.distributions import Transform, constraints
 
 from .._torch import (
     constant,
+    current_trace,
     has_tangent,
     is_compiling,
     is_functorch_tensor,
@@ -67,7 +68,7 @@ class IdentityCache:
 
     A hit needs: the identity of x or y; equal versions, addresses, types *and values* of
     everything the result depends on (versions miss fused optimisers and ``.data``; values miss the
-    graph); the same key (solver, divergence, ...), inference mode, autocast and tracing state; a
+    graph); the same key (solver, divergence, ...), inference mode, autocast and trace; a
     graph exactly where one is wanted; and no backward pass through that graph since. An entry with
     a graph is never found by the *input* of its solve alone: two results of one input must not
     share a graph that the backward pass of the first frees. What depends on tensors with a tangent
@@ -180,7 +181,8 @@ def _token(entry: Entry, sources: Sequence[Tensor], key: Hashable) -> Hashable:
         (None if s.is_inference() else s._version, s.data_ptr(), s.dtype, s.device)
         for s in (entry.x, entry.y, *sources)
     )
-    modes = torch.is_inference_mode_enabled(), is_tracing(), _autocast_type(entry.y.device)
+    trace = _Itself(current_trace())  # a result of one trace is a constant in the next
+    modes = torch.is_inference_mode_enabled(), trace, _autocast_type(entry.y.device)
     return key, marks, modes
 
 

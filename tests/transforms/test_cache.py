@@ -849,6 +849,18 @@ def test_second_trace_does_not_bake_in_the_first(support):
         )
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@every_support
+def test_second_trace_with_the_same_example_takes_other_values(support):
+    d = prior(support=support, steps=2).freeze()
+    example, x = d.sample((5,)), d.sample((5,))
+    expected = fresh(d).log_prob(x.clone())
+    for _ in range(2):
+        traced = torch.jit.trace(d.log_prob, (example,), check_trace=False)
+        torch.testing.assert_close(traced(x), expected)
+
+
 # Memory
 
 
