@@ -140,7 +140,7 @@ def _probes(count: int, seed: int, dim: int) -> NDArray[np.float32]:
     They are those of ``torch.randint`` with a generator of this seed, which ``vmap`` refuses.
     """
     bits = np.random.RandomState(seed % 2**32).randint(2**32, size=(count, dim), dtype=np.uint32)
-    return 2 * (bits % 2).astype(np.float32) - 1
+    return 2 * (bits.astype(np.int64) % 2).astype(np.float32) - 1  # compilers have no uint32
 
 
 def _quadratic_forms(

@@ -9,6 +9,7 @@ from torch import nn
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     ExactDivergence,
+    FixedGrid,
     HutchinsonDivergence,
     InterpolantDistribution,
     InterpolantTransform,
@@ -366,3 +367,12 @@ def test_a_divergence_of_ones_own_is_given_times_of_all_rows():
     assert torch.allclose(z - z[:1], w - w[:1], atol=1e-6)
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(z[:, 0]) - 0.1
     assert torch.allclose(flow.log_prob(x), expected, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")
+def test_a_compiled_density_has_the_same_probes():
+    flow = random_flow(3, divergence=HutchinsonDivergence(2, seed=7), solver=FixedGrid(2))
+    distribution, x = InterpolantDistribution(flow).freeze(), torch.randn(4, 3)
+    compiled = torch.compile(distribution.log_prob, backend="eager")
+    torch.testing.assert_close(compiled(x), distribution.log_prob(x.clone()))
