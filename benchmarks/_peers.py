@@ -29,10 +29,19 @@ _TIMES = 64  # distinct times in a training batch, as in ``fit``
 _PROBES = 8  # draws of the probe for its standard deviation
 
 
+def _means(dim):
+    return torch.randn(12, dim, generator=torch.Generator().manual_seed(dim))
+
+
+def mixture_log_prob(x):
+    """Return the log density that the rows of :func:`mixture` have, shape ``(N,)``."""
+    parts = Independent(Normal(_means(x.shape[-1]), 0.15), 1)
+    return parts.log_prob(x[:, None]).logsumexp(-1) - math.log(12)
+
+
 def mixture(dim, count, seed):
     """Return rows of 12 Gaussians of standard deviation 0.15, shape ``(count, dim)``."""
-    means = torch.randn(12, dim, generator=torch.Generator().manual_seed(dim))
-    generator = torch.Generator().manual_seed(seed)
+    means, generator = _means(dim), torch.Generator().manual_seed(seed)
     which = torch.randint(12, (count,), generator=generator)
     return means[which] + 0.15 * torch.randn(count, dim, generator=generator)
 
