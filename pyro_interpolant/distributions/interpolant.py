@@ -220,6 +220,8 @@ class InterpolantDistribution(Summaries):
         try:
             return super().rsample(sample_shape)
         except NotImplementedError as error:
+            if self.base_dist.has_rsample:
+                raise  # of a network, or of a device that lacks an operation
             raise NotImplementedError(
                 f"draws of the base, {type(self.base).__name__}, have no gradient: take sample()"
             ) from error

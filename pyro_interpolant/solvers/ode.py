@@ -92,7 +92,7 @@ class _RungeKutta:
         gaps = times.diff()
         # Equal stage times are evaluated once: rk4 needs its midpoint twice.
         distinct = sorted(set(c))
-        stage_times = times[:-1, None] + gaps[:, None] * torch.tensor(distinct).to(times)
+        stage_times = times[:-1, None] + gaps[:, None] * times.new_tensor(distinct)
         stages = field(stage_times.reshape(-1).to(x))
         if self.checkpoint:
             stages = [recomputed(stage) for stage in stages]
@@ -302,8 +302,9 @@ def random_nodes(steps: int, seed: int) -> tuple[Tensor, Tensor]:
         offsets = torch.rand(steps, dtype=torch.float64)
     else:  # by numpy: torch.func.vmap refuses random numbers of torch's
         offsets = torch.from_numpy(random_offsets(steps, seed))
-    nodes = (torch.arange(steps, dtype=torch.float64) + offsets) / steps
-    weights = torch.full((steps,), 1 / steps, dtype=torch.float64)
+    pieces = torch.arange(steps, dtype=offsets.dtype, device=offsets.device)
+    nodes = (pieces + offsets) / steps
+    weights = torch.full_like(offsets, 1 / steps)
     pad = torch.nn.functional.pad
     return pad(pad(nodes, (1, 0)), (0, 1), value=1.0), pad(weights, (1, 1))
 

@@ -21,6 +21,7 @@ from pyro_interpolant import (
     ConditionalInterpolantTransform,
     FixedGrid,
     InterpolantDistribution,
+    InterpolantTransform,
     VelocityMLP,
     interpolant_transform,
 )
@@ -539,6 +540,16 @@ def test_gradients_reach_the_weights_and_the_values():
     d.log_prob(x).sum().backward()
     assert x.grad.abs().sum() > 0
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in d.transform.parameters())
+
+
+def test_what_a_network_lacks_is_not_said_of_the_base():
+    class Unwritten(torch.nn.Module):
+        event_dim = 2
+
+    for base in (None, BASES["laplace"](2)):
+        d = InterpolantDistribution(InterpolantTransform(Unwritten()), base)
+        with pytest.raises(NotImplementedError, match='Unwritten.*the required "forward"'):
+            d.rsample((3,))
 
 
 def test_has_rsample_is_settable():

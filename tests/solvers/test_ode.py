@@ -77,6 +77,15 @@ def test_states_are_reported_at_the_nodes(name):
     torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
 
 
+@pytest.mark.parametrize("name", sorted(SOLVERS.keys() - {"adaptive"}))
+def test_what_the_default_device_is_does_not_matter(name):
+    solver = SOLVERS[name]
+    expected = solver.solve(logistic, STARTS, solver.grid()[0])
+    with torch.device("meta"):
+        states = solver.solve(logistic, STARTS, solver.grid()[0])
+    assert torch.equal(states, expected)
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_path_back_is_the_path_forward(name):
     solver = SOLVERS[name]
