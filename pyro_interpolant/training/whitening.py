@@ -29,6 +29,7 @@ _ROUNDING_SHARE = 0.1  # of the smallest deviation, beyond which rounding is war
 _WILD_DEVIATIONS = 20.0  # robust standard deviations from the median, beyond which a value is cut
 _QUARTILE_RANGE, _TAIL_RANGE = 1.349, 5.152  # in standard deviations of a normal
 _QUANTILE_VALUES = 2**20  # from which quantiles are computed
+_AXIS_ROWS_A_COLUMN = 4  # from which axes are: of fewer rows than columns, some have no width
 _LEAST_PART = 1e-3  # of the largest weight: those of other columns are rounding or chance
 _NAMED_ROWS = 5  # the most rows that an error names
 _IMAGE_VALUES, _MIN_IMAGES = 2**22, 64  # that set the whitening of images
@@ -137,9 +138,17 @@ def _winsorize(x: Tensor, weights: Tensor | None = None) -> Tensor:
     return torch.minimum(torch.maximum(x, low), high)
 
 
-def _quantile_rows(x: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the indices of the rows from which quantiles are computed."""
-    return subsample(len(x), max(1, _QUANTILE_VALUES // x.shape[1]), weights).to(x.device)
+def _quantile_rows(x: Tensor, weights: Tensor | None, a_column: int = 0) -> Tensor:
+    """Return the indices of the rows from which quantiles are computed.
+
+    Args:
+        x: Rows, shape ``(N, D)``.
+        weights: Their weights, shape ``(N,)``, or None.
+        a_column: How many there are at least for each column, where there are so many.
+    """
+    dim = x.shape[1]
+    most = max(1, _QUANTILE_VALUES // dim, a_column * dim)
+    return subsample(len(x), most, weights).to(x.device)
 
 
 def _axes(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -160,7 +169,7 @@ def _robust_axes(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Ten
     them. It also turns the axes: once it is cut along them, they are better, and it is cut again.
     """
     x = _winsorize(x, weights)
-    few = x[_quantile_rows(x, weights)]  # by weight, where there are any
+    few = x[_quantile_rows(x, weights, _AXIS_ROWS_A_COLUMN)]  # by weight, where there are any
     for _ in range(_AXIS_CUTS):
         loc, scale, _, vectors = _axes(few)
         along = (few - loc) / scale @ vectors
