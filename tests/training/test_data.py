@@ -244,6 +244,8 @@ def test_constant_columns_are_named():
     x[:, 1], x[:, 3] = 2.5, 0.0
     with pytest.raises(ValueError, match=r"constant columns \[1, 3\]: drop them"):
         whitening_map(x)
+    with pytest.raises(ValueError, match=r"constant columns \[0, 1, .*, 19\] and 30 more: drop"):
+        whitening_map(torch.ones(60, 50))
 
 
 @pytest.mark.parametrize(
