@@ -16,7 +16,7 @@ from torch import Tensor
 from .distributed import Process
 from .repeats import distinguished
 from .rows import Rows
-from .survey import SAMPLE_VALUES, Survey
+from .survey import Survey
 
 _EQUAL = 1e-6  # up to which factors are the same
 
@@ -81,7 +81,7 @@ def _to_send(
     """
     sizes = process.gathered((own.stride, own.values))
     stride = max(each for each, _ in sizes)
-    while sum(values * each / stride for each, values in sizes) > SAMPLE_VALUES:
+    while sum(values * each / stride for each, values in sizes) > own.most_values():
         stride *= 2
     rows, keys, shared = own.candidates()
     sent, cpu = copy.copy(own), own.kept[0][1].cpu().device

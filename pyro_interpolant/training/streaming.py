@@ -17,6 +17,7 @@ from .._torch import rng_state, set_rng_state
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.rounding import warn_if_rounded
 from ..distributions.rows import as_tensor, names_of
+from ..transforms.whitening import DenseWhitening
 from .checkpoint import Checkpoint, from_json, to_json
 from .clock import Clock
 from .data import (
@@ -252,7 +253,8 @@ class Stream:
 
     def _survey(self, clock: Clock, before: Surveyed | None, *, progress: bool) -> Survey:
         """Go through the stream as far as wanted."""
-        known, survey = _length(self.iterable), Survey(self.most_held)
+        by_matrix = isinstance(self.distribution.transform.flow.whitening, DenseWhitening)
+        known, survey = _length(self.iterable), Survey(self.most_held, by_matrix=by_matrix)
         bar = tqdm(self.iterable, "first pass", known, leave=False, disable=not progress)
         with contextlib.closing(bar):
             for batch in bar:

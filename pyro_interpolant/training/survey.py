@@ -20,6 +20,7 @@ from .rows import Rows, keys_of, row_keys
 
 SAMPLE_VALUES = 2**23  # kept of a stream for the whitening: 64 MiB in float64
 MOST_HELD = 8192  # rows held out of a stream
+_SAMPLE_ROWS_A_COLUMN = 10  # kept at least of a stream with many, where a matrix whitens them
 _MOST_ROWS = 2**17  # of a stream of unknown length, in a first pass: a tenth of them is held out
 _MOST_VALUES = 2**26  # the same in numbers, for rows of many columns
 _SURVEY_SHARE = 0.1  # of the time, for the first pass
@@ -79,6 +80,8 @@ class Survey:
 
     Args:
         most_held: The most rows that may be held out.
+        by_matrix: Whether a matrix is to whiten rows, which is that of too few where there are
+            hardly more than columns.
 
     Attributes:
         kept: Each batch, each second, each fourth, ..., with its keys: a sample of all rows.
@@ -102,8 +105,8 @@ class Survey:
         times: How many times as many rows there are in all; infinite where nobody knows.
     """
 
-    def __init__(self, most_held: int = MOST_HELD) -> None:
-        self.most_held = most_held
+    def __init__(self, most_held: int = MOST_HELD, *, by_matrix: bool = False) -> None:
+        self.most_held, self.by_matrix = most_held, by_matrix
         self.kept: list[tuple[Rows, Tensor]] = []
         self.lowest: list[tuple[Rows, Tensor]] = []
         self.highest, self.checksum = 2**63 - 1, 0
@@ -130,10 +133,18 @@ class Survey:
         if self.batches % self.stride == 0:
             self.kept.append((rows, keys))
             self.values += rows.w.numel()
-        if self.values > SAMPLE_VALUES and len(self.kept) > 1:  # every second is enough
+        if self.values > self.most_values() and len(self.kept) > 1:  # every second is enough
             self.kept, self.stride = self.kept[::2], 2 * self.stride
             self.values = sum(part.w.numel() for part, _ in self.kept)
         self.batches += 1
+
+    def _needed(self) -> int:
+        """Return how many rows are kept at least, where there are so many."""
+        return _SAMPLE_ROWS_A_COLUMN * self.kept[0][0].w.shape[-1] if self.by_matrix else 0
+
+    def most_values(self) -> int:
+        """Return how many numbers a sample may have."""
+        return max(SAMPLE_VALUES, self._needed() * self.kept[0][0].w.shape[-1])
 
     def _add_squares(self, weights: Tensor) -> None:
         before = self.largest
@@ -204,7 +215,8 @@ class Survey:
         if clock.is_beyond(_SURVEY_SHARE) and self.total >= _ROWS_PER_COLUMN * dim:
             return True
         rows = max(self.total, self.batches)  # batches may be empty
-        return self.batches >= (known or 0) and rows >= min(_MOST_ROWS, _MOST_VALUES // dim)
+        most = max(min(_MOST_ROWS, _MOST_VALUES // dim), self._needed())
+        return self.batches >= (known or 0) and rows >= most
 
 
 def surveyed(state: Checkpoint | None, rank: int = 0) -> Surveyed | None:

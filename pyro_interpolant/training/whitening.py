@@ -29,8 +29,9 @@ _ROUNDING_SHARE = 0.1  # of the smallest deviation, beyond which rounding is war
 _WILD_DEVIATIONS = 20.0  # robust standard deviations from the median, beyond which a value is cut
 _QUARTILE_RANGE, _TAIL_RANGE = 1.349, 5.152  # in standard deviations of a normal
 _QUANTILE_VALUES = 2**20  # from which quantiles are computed
+_AXIS_ROWS_A_COLUMN = 4  # from which axes are: of fewer rows than columns, some have no width
 _LEAST_PART = 1e-3  # of the largest weight: those of other columns are rounding or chance
-_NAMED_ROWS = 5  # the most rows that an error names
+_NAMED_ROWS, _NAMED_COLUMNS = 5, 20  # the most that an error names
 _IMAGE_VALUES, _MIN_IMAGES = 2**22, 64  # that set the whitening of images
 # That set a map by a matrix: scales to 0.2%. Of a million rows of 20 numbers, `from_samples` takes
 # half the memory, five times the table's, that it takes where all of them do.
@@ -137,9 +138,17 @@ def _winsorize(x: Tensor, weights: Tensor | None = None) -> Tensor:
     return torch.minimum(torch.maximum(x, low), high)
 
 
-def _quantile_rows(x: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the indices of the rows from which quantiles are computed."""
-    return subsample(len(x), max(1, _QUANTILE_VALUES // x.shape[1]), weights).to(x.device)
+def _quantile_rows(x: Tensor, weights: Tensor | None, a_column: int = 0) -> Tensor:
+    """Return the indices of the rows from which quantiles are computed.
+
+    Args:
+        x: Rows, shape ``(N, D)``.
+        weights: Their weights, shape ``(N,)``, or None.
+        a_column: How many there are at least for each column, where there are so many.
+    """
+    dim = x.shape[1]
+    most = max(1, _QUANTILE_VALUES // dim, a_column * dim)
+    return subsample(len(x), most, weights).to(x.device)
 
 
 def _axes(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -160,7 +169,7 @@ def _robust_axes(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Ten
     them. It also turns the axes: once it is cut along them, they are better, and it is cut again.
     """
     x = _winsorize(x, weights)
-    few = x[_quantile_rows(x, weights)]  # by weight, where there are any
+    few = x[_quantile_rows(x, weights, _AXIS_ROWS_A_COLUMN)]  # by weight, where there are any
     for _ in range(_AXIS_CUTS):
         loc, scale, _, vectors = _axes(few)
         along = (few - loc) / scale @ vectors
@@ -211,10 +220,9 @@ def whitening_map(
     eps, x = max(torch.finfo(kind).eps for kind in (x.dtype, dtype or x.dtype)), x.double()
     constant = (x == x[0]).all(dim=0)
     if bool(constant.any()):
-        columns = constant.nonzero().flatten().tolist()
         raise ValueError(
-            f"expected columns that vary, got constant columns {columns}: drop them, they have no "
-            "density, or spread counts by dequantize(x)"
+            f"expected columns that vary, got constant columns {_listed(constant)}: drop them, "
+            "they have no density, or spread counts by dequantize(x)"
         )
     loc, scale, eigenvalues, vectors = _robust_axes(x, weights)
     if float(eigenvalues[0]) < _MIN_EIGENVALUE:
@@ -236,10 +244,17 @@ def whitening_map(
     return found
 
 
-def _columns_along(direction: Tensor) -> list[int]:
+def _columns_along(direction: Tensor) -> str:
     """Return the columns that take part in a direction, ``(D,)``, by more than chance."""
     weight = direction.abs()
-    return (weight > _LEAST_PART * weight.max()).nonzero().flatten().tolist()
+    return _listed(weight > _LEAST_PART * weight.max())
+
+
+def _listed(columns: Tensor) -> str:
+    """Return which columns a mask, ``(D,)``, is of, the first of them where they are many."""
+    found = columns.nonzero().flatten().tolist()
+    more = f" and {len(found) - _NAMED_COLUMNS} more" if found[_NAMED_COLUMNS:] else ""
+    return f"{found[:_NAMED_COLUMNS]}{more}"
 
 
 def _are_shares(x: Tensor) -> bool:
@@ -270,7 +285,7 @@ def _check_range(x: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(
             f"expected columns within the range of the flow's type {dtype}, up to "
             f"{limits.max:.1e}, and varying by {limits.tiny:.1e} at least, got columns "
-            f"{bad.nonzero().flatten().tolist()} outside it: choose other units, or give rows and "
+            f"{_listed(bad)} outside it: choose other units, or give rows and "
             "flow in float64"
         )
 
@@ -291,7 +306,7 @@ def warn_if_coarse(x: Tensor, dtype: torch.dtype, name: str) -> None:
     coarse = (eps * loc.abs() > _ROUNDING_SHARE * spread) & (spread > 0)
     if bool(coarse.any()):
         warn_user(
-            f"columns {coarse.nonzero().flatten().tolist()} of {name} lie so far from zero that "
+            f"columns {_listed(coarse)} of {name} lie so far from zero that "
             f"the flow's type, {dtype}, rounds away what they vary by: convert the flow first, "
             "distribution.to(torch.float64), or centre the columns"
         )

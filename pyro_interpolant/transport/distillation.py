@@ -207,13 +207,12 @@ def distill(
         last = view.sample((held_count,))
         # By the path that drew them, which is kept: a solve back may end beyond bounds of a base.
         log_p = view.log_prob(last) if view.has_density() else last[:, 0] * math.nan
-        x = torch.cat((view.sample((count - held_count,)), last))
-        known = whitening_map(x, warn=False)
+        x = view.sample((count - held_count,))
+        known = whitening_map(x, warn=False)  # not of those held out, which it would fit, too
         whitening = DenseWhitening(flow.event_dim).to(flow.loc)
         whitening.set(known.loc, known.linear)
         fitted = (StudentTransforms(_couplings(flow.loc)) if given is None else given).to(x)
-        w = whitening.to_white(x)
-        seen, held = w.tensor_split([count - held_count])
+        seen, held = whitening.to_white(x), whitening.to_white(last)
         with with_gradients():
             fitted.learn(seen, steps, batch_size, learning_rate, progress=progress)
         log_q = fitted.over(x).log_prob(held) - whitening.log_det

@@ -211,6 +211,15 @@ def test_rows_that_come_in_an_order_are_looked_at_everywhere(monkeypatch):
     assert len(inliers(m.to_white(x)).unique()) >= 19_800
 
 
+@pytest.mark.parametrize("weights", [None, torch.ones(600)])
+def test_many_columns_are_as_wide_as_all_rows_are(weights, monkeypatch):
+    monkeypatch.setattr(whitening, "_QUANTILE_VALUES", 1500)  # of 25 rows, fewer than columns
+    x = torch.randn(600, 60)
+    found = torch.linalg.svdvals(whitening_map(x, weights).linear / x.std(0)[:, None])
+    known = torch.linalg.svdvals(x.T.corrcoef()).sqrt()
+    torch.testing.assert_close(found, known, rtol=0.01, atol=0)
+
+
 def test_rows_that_weigh_most_are_no_outliers():
     x = torch.randn(1000, 2)
     x[:4] += 1e5
@@ -235,6 +244,8 @@ def test_constant_columns_are_named():
     x[:, 1], x[:, 3] = 2.5, 0.0
     with pytest.raises(ValueError, match=r"constant columns \[1, 3\]: drop them"):
         whitening_map(x)
+    with pytest.raises(ValueError, match=r"constant columns \[0, 1, .*, 19\] and 30 more: drop"):
+        whitening_map(torch.ones(60, 50))
 
 
 @pytest.mark.parametrize(

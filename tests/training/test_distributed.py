@@ -171,8 +171,7 @@ def test_processes_with_batches_of_their_own_hold_out_the_same_rows_of_all():
 
 
 def test_a_sample_of_all_processes_rows_keeps_to_the_memory_of_one(monkeypatch):
-    for module in ("survey", "shards"):
-        monkeypatch.setattr(f"pyro_interpolant.training.{module}.SAMPLE_VALUES", 500)
+    monkeypatch.setattr("pyro_interpolant.training.survey.SAMPLE_VALUES", 500)
     x = torch.arange(2000.0)[:, None] + 0.5
     found = splits([shard(part) for part in (x[:500], x[500:])], batch=10)
     kept = [split.kept.w for _, split, _ in found]
@@ -183,8 +182,7 @@ def test_a_sample_of_all_processes_rows_keeps_to_the_memory_of_one(monkeypatch):
 
 @pytest.mark.parametrize("weights", [None, torch.full((1000,), 3.0)], ids=["plain", "weighted"])
 def test_a_sample_of_batches_of_unlike_sizes_has_each_processes_share(monkeypatch, weights):
-    for module in ("survey", "shards"):
-        monkeypatch.setattr(f"pyro_interpolant.training.{module}.SAMPLE_VALUES", 500)
+    monkeypatch.setattr("pyro_interpolant.training.survey.SAMPLE_VALUES", 500)
     x = torch.arange(2000.0)[:, None] + 0.5
     one, other = shard(x[:1000], weights), shard(x[1000:], weights)
     for _, split, factor in splits([lambda _: one(1000), other], batch=10):

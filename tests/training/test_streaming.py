@@ -411,6 +411,13 @@ def test_a_stream_larger_than_the_sample_is_thinned_evenly(monkeypatch):
     assert kept == sample - held
 
 
+def test_of_many_columns_a_map_has_more_rows_than_there_are_columns(monkeypatch):
+    monkeypatch.setattr("pyro_interpolant.training.survey.SAMPLE_VALUES", 400)
+    x = torch.randn(900, 30)
+    kept = Stream(made(30), list(x.split(20)), x[:2]).split(Process(), None).kept
+    assert 5 * 30 <= len(kept.w) <= 10 * 30
+
+
 def test_however_short_the_time_is_a_first_pass_has_the_rows_that_a_map_needs():
     stream = Stream(made(), list(rows(600).split(4)), 0.1)
     stream.split(Process(), 50, clock=Clock(1e-9))

@@ -68,6 +68,15 @@ def test_the_relative_entropy_is_that_of_known_densities():
     assert abs(result.relative_entropy - 0.125) < 4 * result.stderr + 0.02
 
 
+def test_the_relative_entropy_is_of_draws_that_set_no_coordinates():
+    flow = gaussian(20)
+    settings = {**QUICK, "count": 400, "steps": 1, "learning_rate": 1e-9}  # moments of 360 draws
+    result, x = distill(flow, **settings), flow.sample((1000,))
+    true = (flow.log_prob(x) - result.distribution.log_prob(x)).mean()
+    assert true > 0.2
+    assert abs(result.relative_entropy - true) < 3 * result.stderr
+
+
 def test_the_score_of_a_student_has_no_kinks():
     """NUTS takes the steps that a potential's jumps allow."""
     student = distill(random_prior(3), **{**QUICK, "count": 500}).distribution
