@@ -38,16 +38,11 @@ _BASE = ("ours", "matched")
 
 
 class Child:
-    """A peer in a process of its own."""
+    """A process of its own, asked over pipes: a JSON line each for a request and an answer."""
 
-    def __init__(self, peer, dim, args, network):
-        self.process = subprocess.Popen(
-            _command(args, peer, dim, network),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.send({"do": "start"})
+    def __init__(self, command):
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
     def send(self, request):
         """Write a request, without waiting."""
@@ -139,10 +134,11 @@ def run(dim, args, lines):
         subprocess.run(_command(args, "prepare", dim, network), check=True)
     said(f"D = {dim}: trained after {time.perf_counter() - start:.0f} s")
     names = {"ours"} | {peer for peer, _, _ in missing}
-    children = {peer: Child(peer, dim, args, network) for peer in args.peers if peer in names}
-    settings = {}
-    for peer, child in children.items():
-        settings[peer] = child.receive()
+    peers = [peer for peer in args.peers if peer in names]
+    children = {peer: Child(_command(args, peer, dim, network)) for peer in peers}
+    for child in children.values():
+        child.send({"do": "start"})
+    settings = {peer: child.receive() for peer, child in children.items()}
     for peer, child in children.items():
         if "failed" in settings[peer]:
             said(f"  {peer}: {settings[peer]['failed']}")

@@ -13,9 +13,10 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
+
+from density_cost import Child
 
 WIDTHS = {
     2: ((32, 32), (32, 32, 32), (64, 64), (64, 64, 64), (96, 96, 96)),
@@ -77,39 +78,26 @@ def serve(args):
                 start = time.perf_counter()
                 call()
                 times.append(1e3 * (time.perf_counter() - start))
-            print(json.dumps(times), flush=True)
+            print(json.dumps({"ms": times}), flush=True)
 
 
-class Child:
-    """A flow in a process of its own."""
+def started(args, dim, method, hidden):
+    """Return a process whose flow has learned, and what it tells of it: one trains at a time."""
+    flags = ["--dim", dim, "--seconds", args.seconds, "--method", method, "--hidden", *hidden]
+    child = Child([sys.executable, os.path.abspath(__file__), *map(str, flags)])
+    told = child.receive()
+    if "failed" in told:
+        raise RuntimeError(f"{method}, {hidden}: {told['failed']}")
+    return child, told
 
-    def __init__(self, args, dim, method, hidden):
-        flags = ["--dim", str(dim), "--seconds", str(args.seconds), "--method", method]
-        command = [sys.executable, os.path.abspath(__file__), *flags]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            [*command, "--hidden", *map(str, hidden)], stdin=pipe, stdout=pipe, text=True
-        )
-        self.name = f"{method}, {' x '.join(map(str, hidden))}"
-        self.told = json.loads(self.process.stdout.readline())  # one trains at a time
-        self.times = []
 
-    def ask(self):
-        """Time both calls once."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        self.times.append(json.loads(self.process.stdout.readline()))
-
-    def row(self):
-        """Return a line of the table."""
-        self.process.stdin.close()
-        self.process.wait()
-        cells = []
-        for times in zip(*self.times[1:], strict=True):
-            low, _, high = statistics.quantiles(times, n=4)
-            cells.append(f"{statistics.median(times):.1f} ({low:.1f} to {high:.1f})")
-        cells = [self.name, self.told["note"], f"{self.told['nats']:.3f}", *cells]
-        return "| " + " | ".join(cells) + " |"
+def row(name, told, times):
+    """Return a line of the table, of the times of all rounds but the first."""
+    cells = [name, told["note"], f"{told['nats']:.3f}"]
+    for each in zip(*times[1:], strict=True):
+        low, middle, high = statistics.quantiles(each, n=4)
+        cells.append(f"{middle:.1f} ({low:.1f} to {high:.1f})")
+    return f"| {' | '.join(cells)} |"
 
 
 def main():
@@ -131,15 +119,19 @@ def main():
     for dim in args.dims:
         cells = [("ours", hidden) for hidden in WIDTHS[dim]]
         cells += [(SPLINE, hidden) for hidden in SPLINES]
-        children = [Child(args, dim, *cell) for cell in (cells[:1] if args.smoke else cells)]
+        flows = {}
+        for method, hidden in cells[:1] if args.smoke else cells:
+            name = f"{method}, {' x '.join(map(str, hidden))}"
+            flows[name] = (*started(args, dim, method, hidden), [])
         for _ in range(args.rounds + 1):
-            for child in children:
-                child.ask()
-        truth = children[0].told["truth"]
+            for child, _, times in flows.values():
+                times.append(child.ask()["ms"])
+        truth = next(iter(flows.values()))[1]["truth"]
         print(f"\n### D = {dim}: {truth:.3f} nats are possible\n")
         print("| network | | nats | log_prob, ms | sample, ms |\n| --- | --- | --- | --- | --- |")
-        for child in children:
-            print(child.row(), flush=True)
+        for name, (child, told, times) in flows.items():
+            child.close()
+            print(row(name, told, times), flush=True)
 
 
 if __name__ == "__main__":
