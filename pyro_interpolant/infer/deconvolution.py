@@ -37,6 +37,7 @@ _WIDE, _WIDE_SHARE = 2.0, 0.05  # of the wide one, to begin with: standard devia
 _LAST_ITERATIONS = 25  # on all rows
 _JITTER = 1e-9  # of standardised variances
 _VALUES_AT_ONCE = 2**18  # of the matrices of a chunk of rows
+_COLUMNS_APART = 16  # up to which products of matrices go column by column
 # Of a mixture that is cut off at the edges of a support. After 0, 5, 20 and 60 of them, 0.0065,
 # 0.0048, 0.0056 and 0.0073 nats were lost on three positive numbers, and on another catalogue of
 # such 0.0088, 0.0070, 0.0078 and 0.0120.
@@ -178,12 +179,24 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """Return the products of matrices, shapes ``(I, J, n, K)`` and ``(J, L, n, K)``.
 
     Row by row and column by column, each of all matrices at once: of so small ones a call for
-    each, as of LAPACK, takes many times as long.
+    each, as of LAPACK, takes many times as long; of larger ones it takes a tenth.
     """
+    if len(b) > _COLUMNS_APART:
+        return _lead(_trail(a) @ _trail(b))
     total = a[:, :1] * b[0]
     for j in range(1, len(b)):
         total.addcmul_(a[:, j : j + 1], b[j])
     return total
+
+
+def _trail(a: Tensor) -> Tensor:
+    """Return matrices of shape ``(I, J, n, K)`` as ``(n, K, I, J)``."""
+    return a.permute(2, 3, 0, 1)
+
+
+def _lead(a: Tensor) -> Tensor:
+    """Return matrices of shape ``(n, K, I, J)`` as ``(I, J, n, K)``."""
+    return a.permute(2, 3, 0, 1)
 
 
 def _inverse_root(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,6 +205,11 @@ def _inverse_root(a: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         a: Positive definite matrices, shape ``(D, D, n, K)``, in whose place their roots come.
     """
+    if len(a) > _COLUMNS_APART:
+        root = torch.linalg.cholesky(_trail(a))
+        one = torch.eye(len(a)).to(root)
+        inverse = torch.linalg.solve_triangular(root, one, upper=False)
+        return _lead(inverse), root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     w = torch.zeros_like(a)
     for i in range(len(a)):
         a[i:, i] /= a[i, i].sqrt()

@@ -82,6 +82,14 @@ def test_a_step_never_loses_evidence_whatever_the_chunks(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+def test_matrices_of_many_columns_are_those_of_few(monkeypatch):
+    y, precisions, found = torch.randn(30, 5), torch.diag_embed(torch.rand(30, 5)), mixture(3, 5)
+    by_column = _maximized(found, y, precisions)
+    monkeypatch.setattr("pyro_interpolant.infer.deconvolution._COLUMNS_APART", 4)
+    for a, b in zip(by_column, _maximized(found, y, precisions), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_component_without_rows_does_no_harm():
     found = mixture(2)
     far = found.means + torch.tensor([[0.0, 0.0], [1e4, 1e4]])

@@ -8,6 +8,8 @@ import torch
 from pyro.distributions import constraints
 
 from pyro_interpolant import (
+    ConditionalInterpolantDistribution,
+    ConditionalInterpolantTransform,
     Geodesic,
     InterpolantDistribution,
     InterpolantTransform,
@@ -22,7 +24,7 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.distributions.report import Report
 from pyro_interpolant.training.data import Split
-from pyro_interpolant.training.reporting import HeldOutDensity
+from pyro_interpolant.training.reporting import HeldOutDensity, reference
 from pyro_interpolant.training.rows import Rows
 
 pytestmark = [
@@ -93,6 +95,23 @@ def test_the_gaussian_given_a_context_is_a_linear_regression():
         **PLAIN,
     ).report
     assert report.reference == pytest.approx(-math.log(2 * math.pi * math.e), abs=0.15)
+
+
+def test_the_gaussian_of_a_class_without_rows_is_where_the_others_are():
+    flow = ConditionalInterpolantDistribution(ConditionalInterpolantTransform(small(2, classes=3)))
+    x, labels = 50 + torch.randn(2000, 2), 2.0 * torch.randint(2, (2000, 1))
+    log_prob = reference(flow, Rows(x, labels))
+    normal = dist.MultivariateNormal(x.mean(0), x.T.cov())
+    found = log_prob(Rows(x, torch.ones(2000, 1)))
+    torch.testing.assert_close(found, normal.log_prob(x), rtol=0, atol=0.2)
+
+
+def test_the_gaussian_of_many_columns_is_that_of_many_rows(monkeypatch):
+    monkeypatch.setattr("pyro_interpolant.training.reporting._FITTED_ROWS", 50)
+    x, flow = torch.randn(2000, 20), InterpolantDistribution(interpolant_transform(20, (8,)))
+    log_prob = reference(flow, Rows(x, None))
+    normal = dist.MultivariateNormal(x.mean(0), x.T.cov(correction=0))
+    torch.testing.assert_close(log_prob(Rows(x[:5], None)), normal.log_prob(x[:5]))
 
 
 @pytest.mark.slow

@@ -25,7 +25,8 @@ _TUNING_SECONDS = 1.0  # beyond which larger blocks are not tried
 _TARGET_ACCEPTANCE = 0.7  # of the longer steps
 _STEP_DECADES = (-2.0, 0.8)  # the other steps, in powers of ten of the usual one
 _EFFECTIVE_SHARES = (0.5, 0.2, 0.05)  # from level to level: in time, late, very late
-_FEWEST_EFFECTIVE = 25  # of few particles, whose metric would else lose directions
+# Of few particles, whose metric would else lose directions: in all, and for each dimension.
+_FEWEST_EFFECTIVE, _EFFECTIVE_PER_DIM = 25, 1
 _MOVES_PER_LEVEL = 4  # half as many when late
 _MIN_EIGENVALUE = 1e-10  # of a correlation, below which it is noise
 
@@ -254,7 +255,8 @@ def tempered_smc(
         if not bool(torch.isfinite(ratio).any()):
             return
         late = (time.monotonic() > deadline) + (time.monotonic() > 2 * deadline - began)
-        share = max(_EFFECTIVE_SHARES[late], min(0.5, _FEWEST_EFFECTIVE / len(x)))
+        fewest = max(_FEWEST_EFFECTIVE, _EFFECTIVE_PER_DIM * x.shape[1])
+        share = max(_EFFECTIVE_SHARES[late], min(0.5, fewest / len(x)))
         new = _next_exponent(ratio, b, share)
         weights = (new - b) * ratio
         evidence += float(weights.double().logsumexp(0)) - math.log(len(x))

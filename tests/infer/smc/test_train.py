@@ -243,6 +243,13 @@ def test_tempering_carries_a_wide_start_to_a_narrow_target():
     torch.testing.assert_close(z.std(1), torch.ones(2), rtol=0, atol=0.1)
 
 
+def test_however_late_it_is_tempering_loses_no_direction():
+    target, q = gaussian(torch.zeros(60), torch.eye(60)), wide(60)
+    density, start = LogDensity(target.log_prob), LogDensity(q.log_prob)
+    *_, last = tempered_smc(q.sample(400), start, density, HMCKernel(), deadline=-1e9)
+    assert float(torch.linalg.eigvalsh(last.particles.x.T.cov())[0]) > 0.02
+
+
 def test_tempering_weighs_the_way_to_the_target_once():
     """Without moves: those would mend particles that are weighed too often."""
 
@@ -626,6 +633,13 @@ def test_a_slow_density_without_time_is_asked_as_little_as_can_be(monkeypatch):
         result = quick(flow, slow, max_seconds=late, steps=10, rounds=None, draws=4000)
     assert (len(result.particles), result.draws) == (100, 100)
     assert sum(rows) < 3000
+
+
+def test_few_particles_are_more_than_there_are_dimensions():
+    density = LogDensity(gaussian(torch.zeros(80), torch.eye(80)).log_prob)
+    with torch.no_grad():
+        found, *_ = train._find_particles(density, wide(80), 100, Clock(5.0), lambda *_: None)
+    assert float(found.x.var(0).mean()) == pytest.approx(1.0, abs=0.1)
 
 
 def test_an_interrupt_keeps_what_was_learned(monkeypatch):
