@@ -132,7 +132,7 @@ class HeldOutDensity:
     def __init__(self, distribution: AnyDistribution, split: Split) -> None:
         self.distribution, self.held, self.kept = distribution, split.held, split.kept
         self.near = split.held
-        self.rows = split.total + split.held.effective()
+        self.rows = split.rows
         images = is_image(distribution.row_shape)
         self.normal = None if images else reference(distribution, split.kept)
         self.name = "uniform" if isinstance(distribution.space, CircularSupport) else GAUSSIAN
