@@ -7,6 +7,7 @@ unconstrained coordinates, its mean linear in the context.
 """
 
 import contextlib
+import functools
 import math
 import sys
 import time
@@ -25,8 +26,8 @@ from ..distributions.supports import CircularSupport
 from ..solvers.ode import FixedGrid
 from .data import Split
 from .image_rows import is_image
-from .repeats import copy_keys
-from .rows import Rows
+from .repeats import distinguished, shared_keys
+from .rows import Rows, keys_of
 from .selection import Scores
 
 Show = Callable[[float, str], None]  # advances a bar to a share, with a few words beside it
@@ -172,7 +173,7 @@ class HeldOutDensity:
         try:
             with seeded(0):
                 transform.solver = _JUDGING_SOLVER
-                found = _scores(self.distribution, self.judging)
+                found = self._scores(self.judging)
         except (RuntimeError, ValueError):
             pass
         finally:
@@ -226,16 +227,22 @@ class HeldOutDensity:
 
         And the share of rows without a density.
         """
-        scores = _scores(self.distribution, rows)
+        scores = self._scores(rows)
         normal = None if self.normal is None else float(scores.shares @ self.normal(rows))
         none = float(scores.shares[scores.values == math.inf].sum())
         return -scores.mean(), scores.error(), normal, none
 
+    def _scores(self, rows: Rows) -> Scores:
+        """Return how hard the distribution finds rows, in the flow's coordinates."""
+        groups = distinguished(keys_of(rows), self._shared).unique(return_inverse=True)[1]
+        values = -log_density(self.distribution, rows)
+        return Scores(values, shares_of(rows.w, rows.weight), groups)
 
-def _scores(distribution: AnyDistribution, rows: Rows) -> Scores:
-    """Return how hard a distribution finds rows in the flow's coordinates, by its density."""
-    groups = copy_keys(rows).unique(return_inverse=True)[1]
-    return Scores(-log_density(distribution, rows), shares_of(rows.w, rows.weight), groups)
+    @functools.cached_property
+    def _shared(self) -> Tensor:
+        """The keys that rows share by chance, as all tell: copies are a large share of few."""
+        rows = self.kept.and_given(self.held)
+        return shared_keys(rows, keys_of(rows))
 
 
 @contextlib.contextmanager

@@ -214,6 +214,18 @@ def test_copies_of_a_row_make_its_mean_no_surer():
         assert getattr(found[0], name) == pytest.approx(getattr(found[1], name))
 
 
+def test_copies_are_known_among_all_rows_where_few_are_held_out():
+    """Of a chain that seldom moves: each row held out is a large share of these."""
+    d = InterpolantDistribution(interpolant_transform(1, (8,)))
+    x, found = torch.randn(150, 1), []
+    for copies in (1, 20):
+        split = Table(d, x.repeat_interleave(copies, 0), 0.1).split(Process(None), None)
+        split = split._replace(held=Rows(x[:15].repeat_interleave(copies, 0), None))
+        report = HeldOutDensity(d, split).measured(Report(1, 1, 1.0, 1, 1), math.inf)
+        found.append(report.held_out_stderr)
+    assert found[1] == pytest.approx(found[0])
+
+
 def test_rows_that_come_in_an_order_are_measured_evenly_where_time_is_short():
     """The first of them would have the lowest values, or all of one group."""
     d = InterpolantDistribution(interpolant_transform(1, (8,))).freeze()
