@@ -15,6 +15,7 @@ from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import Report
 from ..solvers.ode import FixedGrid
 from ..training.clock import Clock
+from ..training.repeats import copy_keys, random_order, rows_to_tell
 from ..training.reporting import Show, percent_bar, stage, tell
 from ..training.rows import Rows
 from ..training.selection import Scores, Selection
@@ -67,6 +68,7 @@ class NoisyRows:
 
     def __init__(self, rows: Measurements, like: Tensor) -> None:
         self.rows, self.present = rows, like.new_full((len(rows), len(like)), math.nan)
+        self.known = rows_to_tell(rows.y)
 
     def __len__(self) -> int:
         """Return their number."""
@@ -123,6 +125,7 @@ class PosteriorDraws:
         self.u, self.log_prior, self.context = u, log_prior, context
         self.counts = counts.to(u.device)
         self.first = self.counts.cumsum(0) - self.counts
+        self.known = rows_to_tell(u[self.first])
         self.present = self._some(torch.arange(len(counts)), 1)[:, 0]
 
     def __len__(self) -> int:
@@ -340,12 +343,18 @@ def _passes(count: int, held: Tensor, size: int) -> Iterator[Tensor]:
         yield from index[torch.randperm(len(index))].split(size)
 
 
-def held_out(count: int, validation: float, seed: int | None) -> tuple[Tensor, Tensor]:
-    """Return the indices of the rows held out, and of those to learn from.
+def held_out(known: Rows, validation: float, seed: int | None) -> tuple[Tensor, Tensor]:
+    """Return the indices of the rows held out, and of those to learn from: copies stay together.
+
+    Args:
+        known: A row of each, by which copies are known.
+        validation: The share to hold out.
+        seed: Of the choice.
 
     Raises:
         ValueError: If there are not two rows of each kind: the error of a mean needs two.
     """
+    count = len(known.w)
     held = max(2, min(_MOST_HELD, round(validation * count)))
     if count - held < 2:
         raise ValueError(
@@ -353,8 +362,8 @@ def held_out(count: int, validation: float, seed: int | None) -> tuple[Tensor, T
             "all: get more data, or lower validation"
         )
     with seeded(seed):
-        order = torch.randperm(count)
-    return order[:held], order[held:]
+        order, held = random_order(known, held)
+    return order[:held].cpu(), order[held:].cpu()
 
 
 def learn(
@@ -426,6 +435,20 @@ def _evidence(run: ExpectationMaximization) -> tuple[Tensor, Tensor, float]:
     return values, errors, float(unexplained_as_worst(start).mean())
 
 
+def _of_mean(keys: Tensor, values: Tensor, errors: Tensor) -> tuple[float, float]:
+    """Return the mean log-evidence of rows and its error, over rows, copies being one, and draws.
+
+    Args:
+        keys: Whole numbers that are the same for copies of a row, shape ``(n,)``.
+        values: Their log-evidences, shape ``(n,)``.
+        errors: The errors of these, shape ``(n,)``.
+    """
+    groups = keys.unique(return_inverse=True)[1].to(values.device)
+    scores = Scores.equal(unexplained_as_worst(values))._replace(groups=groups)
+    of_draws = errors[values.isfinite()].square().mean().div(len(values)).sqrt()
+    return scores.mean(), math.hypot(scores.error(), float(of_draws))
+
+
 def _warn(run: ExpectationMaximization, values: Tensor) -> None:
     """Warn of a run without a round, and of rows held out that nothing explains."""
     if run.regression.descent.steps == 0:
@@ -456,8 +479,8 @@ def _finish(run: ExpectationMaximization, seconds: float, *, progress: bool) -> 
     with stage("evaluating rows held out", progress=progress):
         values, errors, reference = _evidence(run)
     _warn(run, values)
-    errors, values = errors[values.isfinite()], unexplained_as_worst(values)
-    total = float((values.var() + errors.square().mean()).div(len(values)).sqrt())
+    keys = copy_keys(run.catalogue.known).cpu()[run.held[: len(values)]]
+    held_out, held_out_stderr = _of_mean(keys, values, errors)
     distribution.report = Report(
         distribution.transform.flow.event_dim,
         len(run.catalogue),
@@ -465,8 +488,8 @@ def _finish(run: ExpectationMaximization, seconds: float, *, progress: bool) -> 
         run.selection.kept_step,
         run.regression.descent.steps,
         log_prob_error=error,
-        held_out=float(values.mean()),
-        held_out_stderr=total,
+        held_out=held_out,
+        held_out_stderr=held_out_stderr,
         reference=reference,
         reference_name="the start",
         held_out_name=_EVIDENCE,

@@ -41,6 +41,7 @@ from ..solvers.parallel import one_thread_each
 from ..training.building import context_names, contexts_for, from_samples, new_network
 from ..training.clock import Clock
 from ..training.names import Names
+from ..training.repeats import rows_to_tell
 from .deconvolution import gaussian_latents
 from .expectation_maximization import NoisyRows, PosteriorDraws, held_out, in_turn, learn
 from .latents import of_population
@@ -105,7 +106,7 @@ def from_noisy_samples(
         steps: The number of optimiser steps in all; by default 6,000, or as many as
             ``max_seconds`` allows.
         max_seconds: Stop after this time.
-        validation: The share of rows held out, at most 2,000.
+        validation: The share of rows held out, at most 2,000, with all copies of each.
         seed: Makes the run reproducible, as far as the clock decides nothing.
         progress: Whether to show a bar, and the report.
 
@@ -132,7 +133,7 @@ def from_noisy_samples(
     columns = _names_of_latents(y, noise, start)
     check_same_order(y=y, noise=noise, noise_data=noise_data, context=context)
     rows = measurements(y, noise, noise_data, columns)
-    held, kept = held_out(len(rows), validation, seed)
+    held, kept = held_out(rows_to_tell(rows.y), validation, seed)
     event_shape = rows.checked_event_shape(event_shape)
     with seeded(seed):
         constraint = shaped(support, event_shape)
@@ -186,7 +187,7 @@ def from_posterior_samples(
         marginals: As in :func:`from_noisy_samples`.
         steps: As in :func:`from_noisy_samples`.
         max_seconds: As in :func:`from_noisy_samples`.
-        validation: The share of objects held out, at most 2,000.
+        validation: The share of objects held out, at most 2,000, with all copies of each.
         seed: As in :func:`from_noisy_samples`.
         progress: As in :func:`from_noisy_samples`.
 
@@ -222,8 +223,9 @@ def from_posterior_samples(
             f"expected draws strictly inside the support {support}, got others of {len(which)} "
             f"objects, the first being object {int(which[0])}: remove them"
         )
-    held, kept = held_out(len(counts), validation, seed)
-    context, of_contexts, sizes = _checked_context(context, x[counts.cumsum(0) - counts], network)
+    first = x[counts.cumsum(0) - counts]
+    held, kept = held_out(rows_to_tell(first), validation, seed)
+    context, of_contexts, sizes = _checked_context(context, first, network)
     with seeded(seed):
         some = in_turn(objects, kept)[: max(_START_DRAWS, len(counts))]
     first = x[some]

@@ -60,12 +60,14 @@ class Split(NamedTuple):
         total: The number of the others, of rows that weigh as much; infinite where nobody counted
             a stream.
         size: Rows per batch and coupling.
+        rows: The number of all, those held out included, of rows that weigh as much.
     """
 
     held: Rows
     kept: Rows
     total: float
     size: int
+    rows: float
 
     def everything(self) -> Rows:
         """Return as many rows as are kept and held out: all of them, or drawn by weight."""
@@ -195,7 +197,8 @@ class Table:
             )
         usual = BATCH_IMAGES if self.has_images else _DEFAULT_BATCH_ROWS
         size = max(1, min(usual, available)) if batch_size is None else int(batch_size)
-        return Split(held, kept, kept.effective(), process.world * size)
+        size = process.world * size
+        return Split(held, kept, kept.effective(), size, self.rows.effective())
 
     def batches(self, split: Split, objective: Objective) -> "TableBatches":
         """Return the points of batches of the training rows, without end."""

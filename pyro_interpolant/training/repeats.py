@@ -15,6 +15,14 @@ _SHARED_SHARE = 0.01
 _MIN_SHARED = 10  # equal rows, from which on their share counts
 
 
+def rows_to_tell(values: Tensor) -> Rows:
+    """Return what there is of each object, shape ``(n, ...)``, as rows by which copies are told.
+
+    Of posterior draws that is the first of each. Numbers may be missing.
+    """
+    return Rows(values.reshape(len(values), -1).nan_to_num(), None)
+
+
 def copy_keys(rows: Rows) -> Tensor:
     """Return one integer per row, shape ``(N,)``, which copies of a row share, and no others."""
     keys = keys_of(rows)

@@ -7,6 +7,7 @@ unconstrained coordinates, its mean linear in the context.
 """
 
 import contextlib
+import functools
 import math
 import sys
 import time
@@ -25,8 +26,8 @@ from ..distributions.supports import CircularSupport
 from ..solvers.ode import FixedGrid
 from .data import Split
 from .image_rows import is_image
-from .repeats import copy_keys
-from .rows import Rows
+from .repeats import distinguished, shared_keys
+from .rows import Rows, keys_of
 from .selection import Scores
 
 Show = Callable[[float, str], None]  # advances a bar to a share, with a few words beside it
@@ -38,9 +39,9 @@ _FIRST_ROWS = 100  # of them, however short the time
 # error differs between weights, so that fewer steps would rank them wrongly.
 _JUDGED_ROWS, _JUDGED_NUMBERS = 512, 2**13
 _JUDGING_SOLVER = FixedGrid(steps=16)
-# To which the Gaussian is fitted: of fewer for each column it is poorer than one could be, by 0.5
-# nats where 200 columns are fitted to 20,000.
-_FITTED_ROWS, _FITTED_ROWS_PER_COLUMN = 2**16, 100
+# To which the Gaussian is fitted, and numbers in these, beyond the fewest rows: fitted to fewer, it
+# is poorer than one could be, by 0.5 nats where 200 columns have 20,000.
+_FITTED_ROWS, _FITTED_NUMBERS, _FEWEST_FITTED = 2**16, 2**24, 20_000
 
 
 def log_density(distribution: AnyDistribution, rows: Rows) -> Tensor:
@@ -69,7 +70,7 @@ def reference(distribution: AnyDistribution, kept: Rows) -> Callable[[Rows], Ten
     flow, dim = distribution.transform.flow, kept.w.shape[-1]
     contexts = 0 if kept.context is None else kept.context.shape[-1]
     columns = dim + (flow.classes or 1 + contexts)
-    few = kept.evenly(max(_FITTED_ROWS, _FITTED_ROWS_PER_COLUMN * columns))
+    few = kept.evenly(max(_FEWEST_FITTED, min(_FITTED_ROWS, _FITTED_NUMBERS // columns)))
     x = distribution.ungaussianized(few.w.to(flow.loc))[0].double()
     share = shares_of(few.w, few.weight)
     if len(x) <= columns:
@@ -151,7 +152,7 @@ class HeldOutDensity:
     def __init__(self, distribution: AnyDistribution, split: Split) -> None:
         self.distribution, self.held, self.kept = distribution, split.held, split.kept
         self.near = split.held
-        self.rows = split.total + split.held.effective()
+        self.rows = split.rows
         images = is_image(distribution.row_shape)
         self.normal = None if images else reference(distribution, split.kept)
         self.name = "uniform" if isinstance(distribution.space, CircularSupport) else GAUSSIAN
@@ -191,7 +192,7 @@ class HeldOutDensity:
         try:
             with seeded(0):
                 transform.solver = _JUDGING_SOLVER
-                found = _scores(self.distribution, self.judging)
+                found = self._scores(self.judging)
         except (RuntimeError, ValueError):
             pass
         finally:
@@ -245,16 +246,22 @@ class HeldOutDensity:
 
         And the share of rows without a density.
         """
-        scores = _scores(self.distribution, rows)
+        scores = self._scores(rows)
         normal = None if self.normal is None else float(scores.shares @ self.normal(rows))
         none = float(scores.shares[scores.values == math.inf].sum())
         return -scores.mean(), scores.error(), normal, none
 
+    def _scores(self, rows: Rows) -> Scores:
+        """Return how hard the distribution finds rows, in the flow's coordinates."""
+        groups = distinguished(keys_of(rows), self._shared).unique(return_inverse=True)[1]
+        values = -log_density(self.distribution, rows)
+        return Scores(values, shares_of(rows.w, rows.weight), groups)
 
-def _scores(distribution: AnyDistribution, rows: Rows) -> Scores:
-    """Return how hard a distribution finds rows in the flow's coordinates, by its density."""
-    groups = copy_keys(rows).unique(return_inverse=True)[1]
-    return Scores(-log_density(distribution, rows), shares_of(rows.w, rows.weight), groups)
+    @functools.cached_property
+    def _shared(self) -> Tensor:
+        """The keys that rows share by chance, as all tell: copies are a large share of few."""
+        rows = self.kept.and_given(self.held)
+        return shared_keys(rows, keys_of(rows))
 
 
 @contextlib.contextmanager

@@ -228,7 +228,7 @@ class Stream:
         check_ranges(("batch_size >= 1, a whole number", good, batch_size))
         before = surveyed(state, process.rank)
         own = self._survey(clock or Clock(None), before, progress=progress)
-        survey, effective = put_together(own, process)
+        survey, rows = put_together(own, process)
         self.surveyed, self.mean_weight = survey.outcome(), own.weight / own.total
         if before is not None and state is not None:
             check_rows_came_again(self.surveyed, before, state)
@@ -236,19 +236,21 @@ class Stream:
         warn_if_rounded(sample.w)
         if self.given is None:
             held, self.held_keys = survey.held_out(self.share or 0.0)
-            effective *= 1 - len(held.w) / survey.total
+            effective = rows * (1 - len(held.w) / survey.total)
             sample = sample.take((~self.held_keys.mark(keys)).nonzero().flatten())
             if not len(sample.w):
                 raise ValueError(f"expected rows that differ, got {survey.total} that are equal")
         else:
             held = self.given
             check_same_scale(held, sample)
+            effective, rows = rows, rows + held.effective()
         usual = max(_LEAST_ROWS, survey.size)
         return Split(
             held.to(self.like.device),
             sample,
             effective if self.anew else math.inf,
             usual if batch_size is None else int(batch_size),
+            rows if self.anew else math.inf,
         )
 
     def _survey(self, clock: Clock, before: Surveyed | None, *, progress: bool) -> Survey:

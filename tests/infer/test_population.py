@@ -32,6 +32,8 @@ from pyro_interpolant.infer.population import _start_rows
 from pyro_interpolant.infer.proposals import LocalProposal, local_proposal, standard_log_prob
 from pyro_interpolant.solvers.parallel import one_thread_each, threads_at_once
 from pyro_interpolant.training.clock import Clock
+from pyro_interpolant.training.repeats import copy_keys
+from pyro_interpolant.training.rows import Rows
 
 LOC = torch.tensor([3.0, -1.0], dtype=torch.float64)
 ROOT = torch.tensor([[1.0, 0.0], [0.8, 0.5]], dtype=torch.float64)
@@ -787,12 +789,46 @@ def test_labels_are_one_hot_for_a_network_of_ones_own():
 
 
 @pytest.mark.usefixtures("_small_runs")
+@pytest.mark.parametrize("posteriors", [False, True])
+def test_copies_of_an_object_are_held_out_together(monkeypatch, posteriors):
+    """As a catalogue drawn with replacement has them."""
+    found = []
+    monkeypatch.setattr(population_module, "learn", lambda *args, **_: found.append(args[2]))
+    which = torch.arange(120).repeat(2)[torch.randperm(240)]
+    y = torch.randn(120, 2)
+    if posteriors:
+        draws = (y[:, None] + 0.1 * torch.randn(120, 5, 2))[which]
+        from_posterior_samples(draws, torch.zeros(240, 5), **QUICK)
+    else:
+        from_noisy_samples(y[which], torch.full((240, 2), 0.5), **QUICK)
+    assert len(found[0]) == 24
+    assert len(which[found[0]].unique()) == 12
+
+
+@pytest.mark.parametrize("posteriors", [False, True])
+def test_copies_of_an_object_make_the_mean_evidence_no_surer(posteriors):
+    flow, errors = gaussian(), []
+    y = LOC + torch.randn(100, 2)
+    for copies in (1, 4):
+        rows = y.repeat(copies, 1)
+        objects: NoisyRows | PosteriorDraws = NoisyRows(
+            of_population(measurements(rows, torch.full((100 * copies, 2), 0.5)), flow), LOC
+        )
+        if posteriors:
+            objects = posterior_draws(rows[:, None].repeat(1, 2, 1), torch.zeros(len(rows), 2))
+        found = objects.log_evidence(flow, torch.arange(len(rows)), finely=True)
+        keys = copy_keys(objects.known)
+        errors.append(expectation_maximization._of_mean(keys, *found)[1])
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
+@pytest.mark.usefixtures("_small_runs")
 @pytest.mark.filterwarnings("ignore:1 of the 3 classes")
 @pytest.mark.parametrize("posteriors", [False, True])
 def test_a_class_of_few_rows_may_be_held_out(posteriors):
     labels, held = (
         torch.zeros(60, dtype=torch.long),
-        expectation_maximization.held_out(60, 0.1, 0)[0],
+        expectation_maximization.held_out(Rows(torch.randn(60, 1), None), 0.1, 0)[0],
     )
     labels[held[0]] = 2
     y = torch.randn(60, 1)

@@ -158,8 +158,8 @@ def _find_particles(
     affordable = _GRADIENTS_SHARE * in_all
     kernel = HMCKernel(_SLOW_LEAPFROG_STEPS if affordable < draws else _LEAPFROG_STEPS)
     wanted = min(_WANTED_PARTICLES, _THEIR_SHARE * in_all)
-    least = max(_LEAST_PARTICLES, _PARTICLES_PER_DIM * wide.loc.shape[1])
-    count = int(max(least, min(draws, max(affordable, wanted))))
+    least = _PARTICLES_PER_DIM * wide.loc.shape[1]
+    count = int(max(least, min(draws, max(_LEAST_PARTICLES, affordable, wanted))))
     deadline = clock.began + _TEMPERED * clock.limit
     x, start = mixture.sample(count), LogDensity(mixture.log_prob)
     for level in tempered_smc(x, start, density, kernel, deadline=deadline):
