@@ -435,18 +435,17 @@ def _evidence(run: ExpectationMaximization) -> tuple[Tensor, Tensor, float]:
     return values, errors, float(unexplained_as_worst(start).mean())
 
 
-def _of_mean(keys: Tensor, values: Tensor, errors: Tensor) -> tuple[float, float]:
-    """Return the mean log-evidence of rows and its error, over rows, copies being one, and draws.
+def _error_of_mean(keys: Tensor, values: Tensor, errors: Tensor) -> float:
+    """Return the error of a mean log-evidence: of rows, copies being one, and of their draws.
 
     Args:
         keys: Whole numbers that are the same for copies of a row, shape ``(n,)``.
-        values: Their log-evidences, shape ``(n,)``.
-        errors: The errors of these, shape ``(n,)``.
+        values: Their log-evidences, finite, shape ``(n,)``.
+        errors: The errors of those that there are, shape ``(m,)``.
     """
     groups = keys.unique(return_inverse=True)[1].to(values.device)
-    scores = Scores.equal(unexplained_as_worst(values))._replace(groups=groups)
-    of_draws = errors[values.isfinite()].square().mean().div(len(values)).sqrt()
-    return scores.mean(), math.hypot(scores.error(), float(of_draws))
+    of_rows = Scores.equal(values)._replace(groups=groups).error()
+    return math.hypot(of_rows, float(errors.square().mean().div(len(values)).sqrt()))
 
 
 def _warn(run: ExpectationMaximization, values: Tensor) -> None:
@@ -480,7 +479,7 @@ def _finish(run: ExpectationMaximization, seconds: float, *, progress: bool) -> 
         values, errors, reference = _evidence(run)
     _warn(run, values)
     keys = copy_keys(run.catalogue.known).cpu()[run.held[: len(values)]]
-    held_out, held_out_stderr = _of_mean(keys, values, errors)
+    errors, values = errors[values.isfinite()], unexplained_as_worst(values)
     distribution.report = Report(
         distribution.transform.flow.event_dim,
         len(run.catalogue),
@@ -488,8 +487,8 @@ def _finish(run: ExpectationMaximization, seconds: float, *, progress: bool) -> 
         run.selection.kept_step,
         run.regression.descent.steps,
         log_prob_error=error,
-        held_out=held_out,
-        held_out_stderr=held_out_stderr,
+        held_out=float(values.mean()),
+        held_out_stderr=_error_of_mean(keys, values, errors),
         reference=reference,
         reference_name="the start",
         held_out_name=_EVIDENCE,

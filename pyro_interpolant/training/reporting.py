@@ -39,8 +39,8 @@ _FIRST_ROWS = 100  # of them, however short the time
 # error differs between weights, so that fewer steps would rank them wrongly.
 _JUDGED_ROWS, _JUDGED_NUMBERS = 512, 2**13
 _JUDGING_SOLVER = FixedGrid(steps=16)
-# To which the Gaussian is fitted, and numbers in these, beyond the fewest rows: fitted to fewer, it
-# is poorer than one could be, by 0.5 nats where 200 columns have 20,000.
+# To which the Gaussian is fitted, and numbers in these, beyond the fewest rows: of fewer, it is
+# poorer than one could be, by 0.5 nats where 200 columns have 20,000.
 _FITTED_ROWS, _FITTED_NUMBERS, _FEWEST_FITTED = 2**16, 2**24, 20_000
 
 

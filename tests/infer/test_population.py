@@ -818,7 +818,7 @@ def test_copies_of_an_object_make_the_mean_evidence_no_surer(posteriors):
             objects = posterior_draws(rows[:, None].repeat(1, 2, 1), torch.zeros(len(rows), 2))
         found = objects.log_evidence(flow, torch.arange(len(rows)), finely=True)
         keys = copy_keys(objects.known)
-        errors.append(expectation_maximization._of_mean(keys, *found)[1])
+        errors.append(expectation_maximization._error_of_mean(keys, *found))
     assert errors[1] == pytest.approx(errors[0], rel=0.05)
 
 
