@@ -5,7 +5,8 @@ r"""Is a density calibrated? Ranks of held-out rows among its draws, uniform if 
   region that a row lies on.
 - :func:`sbc`: the ranks of :func:`pit`, and that of the density, of rows that were simulated with
   their contexts: simulation-based calibration.
-- :func:`tarp`: :math:`u = P(|X - r| < |x - r|)` for references r that know nothing of x.
+- :func:`tarp`: :math:`u = P(|X - r| < |x - r|)` for references r that know no more of x than its
+  context.
 
 All are uniform on [0, 1] where rows come from the density, given their contexts. They are compared
 with it by the largest difference of distribution functions, :math:`\max_u |\hat F(u) - u|`, whose
@@ -110,7 +111,7 @@ def pit(
     with seeded(seed):
         values = rows.probabilities()
         exact = values is not None
-        values = _spread(rows.ranks(), rows.draws) if values is None else values
+        values = rows.ranks() if values is None else values
     return _check(values, rows, column_names(rows.distribution), _SHAPES, exact=exact)
 
 
@@ -139,7 +140,7 @@ def coverage(
     """
     rows = _Rows(distribution, x, context, draws)
     with seeded(seed):
-        values = _spread(1 - rows.ranks(densities=True)[:, -1:], rows.draws)
+        values = 1 - rows.ranks(densities=True)[:, -1:]
     return _check(values, rows, [REGIONS[0]], _UNEVEN)
 
 
@@ -170,7 +171,7 @@ def sbc(
     """
     rows = _Rows(distribution, x, context, draws)
     with seeded(seed):
-        values = _spread(rows.ranks(densities=True), rows.draws)
+        values = rows.ranks(densities=True)
     return _check(values, rows, [*column_names(rows.distribution), "the log-density"], _SHAPES)
 
 
@@ -184,8 +185,10 @@ def tarp(
 ) -> CalibrationCheck:
     """Return the shares of draws that are nearer to a reference than the row is.
 
-    The reference of each row is another row, drawn at random; distances are in units of the
-    columns' deviations, but for 5% of the rows on each side.
+    The reference of each row is another row, drawn at random, or, where there are contexts, the
+    next one in their order along a random direction: rows are nearer to it than draws of a density
+    that ignores contexts, such as the prior, which is calibrated by every other check. Distances
+    are in units of the columns' deviations, but for 5% of rows and draws on each side.
 
     Args:
         distribution: As in :func:`pit`.
@@ -199,16 +202,17 @@ def tarp(
         ValueError: As :func:`pit`.
     """
     rows = _Rows(distribution, x, context, draws)
-    scale = robust_deviation(rows.u)
     with seeded(seed):
-        order = torch.randperm(len(rows.u)).to(rows.u.device)  # in a ring: no row is its own
+        order = rows.order()  # in a ring: no row is its own reference
         references = torch.empty_like(rows.u).index_copy(0, order, rows.u[order.roll(1)])
-        shares = []
+        parts, scale = list[Tensor](), None
         for z, u, index in rows.with_draws():
+            if scale is None:  # that of few rows alone has them nearer than draws
+                scale = robust_deviation(torch.cat((u, z.flatten(0, 1))))
             r = references[index]
-            far, near = ((part - r) / scale for part in (u[None], z))
-            shares.append((near.norm(dim=-1) < far.norm(dim=-1)).double().mean(0))
-        values = _spread(torch.cat(shares)[:, None], rows.draws)
+            far, near = (((part - r) / scale).norm(dim=-1) for part in (u[None], z))
+            parts.append(_rank(far, near))
+        values = torch.cat(parts)[:, None]
     return _check(values, rows, [REGIONS[1]], _UNEVEN)
 
 
@@ -291,11 +295,22 @@ class _Rows:
         u = self.unconstrained(x)
         return torch.cat((u, view.log_prob(x).double()[..., None]), -1) if densities else u
 
+    def order(self) -> Tensor:
+        """Return the rows' places in random order, or by their contexts, which tell no more.
+
+        Returns:
+            Shape ``(N,)``.
+        """
+        order = torch.randperm(len(self.u))
+        if self.context is not None:
+            context = self.context.double()
+            along = context / robust_deviation(context) @ torch.randn(context.shape[1]).to(context)
+            order = order[along.cpu()[order].argsort()]
+        return order.to(self.u.device)
+
     def ranks(self, *, densities: bool = False) -> Tensor:
-        """Return the share of draws below each column, shape ``(N, K)``."""
-        pairs = self.with_draws(densities=densities)
-        shares = [((u > z).double().mean(0), (u == z).double().mean(0)) for z, u, _ in pairs]
-        return torch.cat([below + torch.rand_like(same) * same for below, same in shares])
+        """Return the share of draws below each column, spread over its step, ``(N, K)``."""
+        return torch.cat([_rank(u, z) for z, u, _ in self.with_draws(densities=densities)])
 
     def probabilities(self) -> Tensor | None:
         """Return the cdf of rows, shape ``(N, 1)``; None where there is none."""
@@ -347,9 +362,18 @@ def _directions(distribution: AnyDistribution) -> Tensor:
     return torch.cat(signs)
 
 
-def _spread(shares: Tensor, draws: int) -> Tensor:
-    """Return shares of so many draws as uniform numbers: spread over the step of their rank."""
-    return (shares * draws + torch.rand_like(shares)) / (draws + 1)
+def _rank(x: Tensor, z: Tensor) -> Tensor:
+    """Return the share of draws below values, spread over the step of their rank.
+
+    It is uniform where values are draws like the others, of however few, and where some are equal:
+    each of those is as likely to be the lowest.
+
+    Args:
+        x: Values, shape ``(*)``.
+        z: Draws, shape ``(L, *)``.
+    """
+    below, same = (x > z).double().sum(0), (x == z).double().sum(0)
+    return (below + torch.rand_like(same) * (same + 1)) / (len(z) + 1)
 
 
 _SHAPES = tuple(f"is predicted too {word}" for word in ("narrow", "wide", "low", "high"))

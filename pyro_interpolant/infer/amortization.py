@@ -16,7 +16,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from .._torch import warn_user
-from ..diagnostics.predictive import CalibrationCheck, coverage, sbc, tarp
+from ..diagnostics.predictive import CalibrationCheck, band_of, coverage, sbc, tarp
 from ..diagnostics.psis import K_HAT_LIMIT
 from ..distributions.constraints import Constraint, biject, real_shape
 from ..distributions.interpolant import InterpolantDistribution
@@ -120,7 +120,8 @@ class Calibration(NamedTuple):
         sbc: The ranks of the latents, and of their density, among draws given their data.
         coverage: The levels of the highest-density regions on whose edge the latents lie.
         tarp: The shares of draws nearer to random references than the latents are.
-        verdict: What follows, in a sentence.
+        verdict: What follows from all, in a sentence. Chance fails a check, by its own band, in 1%
+            of all cases, and this, too: it names checks beyond the band of all three at once.
     """
 
     sbc: CalibrationCheck
@@ -148,10 +149,12 @@ def calibration_of(
         seed: Of the draws.
     """
     checks = [check(posterior, latents, context, seed=seed) for check in (sbc, coverage, tarp)]
+    # Of the same draws, what coverage looks at is the last quantity of sbc.
+    band = band_of(len(context), len(checks[0].names) + len(checks[2].names))
     failed = [
         f"{name}: {check.verdict}"
         for name, check in zip(Calibration._fields, checks, strict=False)
-        if not float(check.distances.max()) <= check.band
+        if not float(check.distances.max()) <= band
     ]
     verdict = "; ".join(failed) or f"calibrated as far as {len(context):,} data sets tell"
     return Calibration._make((*checks, verdict))

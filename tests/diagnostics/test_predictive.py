@@ -40,6 +40,15 @@ def family(support=constraints.real_vector, dim=2):
     return ConditionalInterpolantDistribution(flow, support=support).freeze()
 
 
+def idle_flow(dim):
+    """A flow without velocity: N(0, I) whatever the context, of as many numbers."""
+    flow = random_flow(dim, (4,), context_dim=dim, solver=FixedGrid(1))
+    for p in flow.parameters():
+        nn.init.zeros_(p)
+    flow.flow.whitening.set(torch.zeros(dim), torch.eye(dim))
+    return flow
+
+
 def simulated(d, count=250):
     context = torch.randn(count, 2)
     return d.condition(context).sample(), context
@@ -88,11 +97,8 @@ def test_what_is_off_is_named(check, change, words):
 @pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 def test_a_right_density_fails_once_in_a_hundred_checks(check):
-    """Of few rows and draws, where ranks are coarse: 200 checks of N(c, 1) itself."""
-    flow = random_flow(1, (4,), context_dim=1, solver=FixedGrid(1))
-    for p in flow.parameters():
-        torch.nn.init.zeros_(p)  # no velocity: N(0, 1) whatever the context
-    d = ConditionalInterpolantDistribution(flow).freeze()
+    """Of few rows and draws, where ranks are coarse: 200 checks of N(0, 1) itself."""
+    d = ConditionalInterpolantDistribution(idle_flow(1)).freeze()
     failed = 0
     for seed in range(200):
         torch.manual_seed(seed)
@@ -193,6 +199,28 @@ def test_a_check_is_the_same_at_each_call_and_leaves_the_generator_alone():
 def test_what_cannot_be_checked_is_refused(x, context, options, match):
     with pytest.raises(ValueError, match=match):
         coverage(family(), x, context, **options)
+
+
+@pytest.mark.parametrize("draws", [1, 100])
+@pytest.mark.parametrize("check", [pit, tarp])
+def test_rows_that_are_equal_to_draws_are_any_of_them(check, draws):
+    """Of few draws, too: the middle of the ranks had too many rows, and references all of them."""
+    transform = ConditionalInterpolantTransform(Moved(), solver=FixedGrid(1))
+    d = ConditionalInterpolantDistribution(transform, base=Samples(torch.arange(4.0).view(2, 2)))
+    context = torch.randint(0, 9, (2000, 2)).double()
+    found = check(d, d.condition(context).sample(), context, draws=draws)
+    assert found.distances.max() < 1.2 * found.band
+
+
+def test_a_density_that_ignores_contexts_is_far_from_references():
+    """Rows are N(c, I), c ~ N(0, I), and the density is N(0, 2I): all ranks are uniform."""
+    flow = idle_flow(2)
+    flow.flow.whitening.set(torch.zeros(2), 2**0.5 * torch.eye(2))
+    d = ConditionalInterpolantDistribution(flow).freeze()
+    context = torch.randn(300, 2)
+    x = context + torch.randn(300, 2)
+    assert sbc(d, x, context).verdict.startswith("calibrated")
+    assert "regions around random references are too large" in tarp(d, x, context).verdict
 
 
 @pytest.mark.slow

@@ -16,12 +16,15 @@ import torch
 from narrow import brief_looks
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
+from scipy.stats import kstwo
 from simulators import QUICK, ROWS, rows_of_a_normal, rows_with_errors, rows_with_gaps
 from torch import nn
 from torch.distributions import constraints
 
 import pyro_interpolant as pi
+from pyro_interpolant.diagnostics import CalibrationCheck
 from pyro_interpolant.distributions.report import Report
+from pyro_interpolant.infer import amortization
 from pyro_interpolant.infer.amortization import (
     AmortizedResult,
     measured_on_simulations,
@@ -578,6 +581,24 @@ def test_calibration_finds_what_is_wrong(trained):
     with torch.no_grad():
         guide.transform.flow.whitening.set(torch.zeros(1) + 0.5, torch.eye(1))
     assert "sbc: not calibrated" in repr(guide.calibration(count=150))
+
+
+def test_chance_fails_all_checks_together_as_seldom_as_one(monkeypatch):
+    """Of three checks each fails once in a hundred times: one of them did in 2.4 of a hundred."""
+
+    def with_distance(distance, names=("a",)):
+        found = torch.full((len(names),), distance)
+        return lambda *_, **__: CalibrationCheck(torch.rand(99, 1), names, found, 0.16, "off")
+
+    def verdict(distance):
+        monkeypatch.setattr(amortization, "tarp", with_distance(distance))
+        return amortization.calibration_of(None, {}, torch.zeros(99, 1), 0).verdict
+
+    monkeypatch.setattr(amortization, "sbc", with_distance(0.1, ("a", "b", "the log-density")))
+    monkeypatch.setattr(amortization, "coverage", with_distance(0.1))
+    band = kstwo.isf(0.01 / 4, 99)
+    assert verdict(band - 1e-6) == "calibrated as far as 99 data sets tell"
+    assert verdict(band + 1e-6) == "tarp: off"
 
 
 def test_calibration_says_that_rounds_were_for_one_data_set():
