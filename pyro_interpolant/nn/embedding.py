@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._torch import is_tracing
+from .._torch import is_tracing, recomputed
 from .velocity import location_and_scale
 
-# Of all sets that are embedded together, without gradients: the network of rows has some hundreds
-# of numbers for each. 2,000 sets of 5,000 took 11 GB.
-_ROWS_AT_ONCE = 2**18
+# Of all sets that are embedded together, without gradients and with them: the network of rows has
+# some hundreds of numbers for each. 2,000 sets of 5,000 took 11 GB. Of more, what gradients need
+# is computed again: a batch of 1,024 sets of 10,000 took 9 GB.
+_ROWS_AT_ONCE, _ROWS_KEPT = 2**18, 2**20
 SIZE = 64  # of what is embedded from a context
 _SHORT, _STRETCHES = 8, 32  # times left after convolutions, and means over time of a summary
 _RIDGE = 0.01  # beside the sums of squares of standardised columns: so few rows have fits, too
@@ -145,10 +146,14 @@ class SetEmbedding(nn.Module):
         """
         rows, there = self.columns(*y)
         size = max(1, _ROWS_AT_ONCE // max(1, rows.shape[1]))
-        if torch.is_grad_enabled() or is_tracing() or len(rows) <= size:
+        is_kept = torch.is_grad_enabled() and rows[..., 0].numel() <= _ROWS_KEPT
+        if is_tracing() or is_kept or len(rows) <= size:
             return self._both(rows, there)
-        pieces = zip(rows.split(size), there.split(size), strict=True)
-        embedded, summaries = zip(*(self._both(*piece) for piece in pieces), strict=True)
+        pieces, both = (
+            zip(rows.split(size), there.split(size), strict=True),
+            recomputed(self._both),
+        )
+        embedded, summaries = zip(*(both(*piece) for piece in pieces), strict=True)
         return torch.cat(embedded), torch.cat(summaries)
 
     def _both(self, rows: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:

@@ -117,12 +117,13 @@ def path_energy(
             if own is not None and own.dim() > 1:
                 own = own[chunk]
             states = flow.integrate(w0[chunk], replace(path, context=own), forward=True)
-            total = torch.zeros_like(states[0, :, 0])
+            total = torch.zeros_like(states[0, :, 0], dtype=torch.float64)
             for t, w, x in zip(times, weights, states, strict=True):
-                v = flow.whitening.push(evaluate(flow.velocity, t, x, own))
+                # In float32 squares of 1e20 are infinite, and of 1e-25 zero.
+                v = flow.whitening.push(evaluate(flow.velocity, t, x, own)).double()
                 total = total + w * v.square().sum(-1)
             energies.append(total)
-        energy = torch.cat(energies).double()
+        energy = torch.cat(energies)
     return PathEnergy(float(energy.mean()), float(energy.std()) / math.sqrt(count))
 
 
@@ -182,8 +183,8 @@ def w2_bound(
         t = (torch.arange(len(w1)) + torch.rand(len(w1))).to(w1) / len(w1)
         t = t[torch.randperm(len(t))]
         w_t, dw_t = flow.interpolant.sample(t, w0, w1)
-        v = flow.whitening.push(evaluate(flow.velocity, t, w_t, context))
-        target = flow.whitening.push(dw_t)
+        v = flow.whitening.push(evaluate(flow.velocity, t, w_t, context)).double()
+        target = flow.whitening.push(dw_t).double()
         if minimum is None:
             excess = float((v - target).square().sum(-1).mean())
         else:

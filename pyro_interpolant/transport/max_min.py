@@ -25,6 +25,7 @@ from ..training.options import check_repeatable
 from ..training.preparation import start_from
 from ..training.rows import Rows
 from ..training.whitening import set_whitening
+from ..transforms.whitening import Whitening
 
 _HEAD_START = 0.2  # the share of all descents that come before the first ascent
 _REST_SHARE = 0.15  # the share of the steps, at the end, in which the interpolant rests
@@ -136,12 +137,14 @@ def learn_interpolant(
         start_from(distribution, base_samples, split, source, Process())
         set_whitening(distribution, split.kept)
         seen, _ = distribution.white_base().split(source.share or DEFAULT_SHARE)
-        objective = Objective(flow, seen, coupling, metric=flow.whitening.push)
+        unit = _unit(flow.whitening)
+        objective = Objective(flow, seen, coupling, metric=lambda u: flow.whitening.push(u) / unit)
         batches = source.batches(split, objective)
         if interpolant.modes:
-            _start(interpolant, objective, split.kept)
+            _start(interpolant, objective, split.kept, unit)
         with trainable(flow.velocity):
             energies = pace.alternate(objective, interpolant, batches, progress=progress)
+        energies = [energy * unit**2 for energy in energies]
     outcome = fit(
         distribution, data, context=context, coupling=coupling, batch_size=batch_size, seed=seed,
         learning_rate=learning_rate, progress=progress, whiten=False, **{**given, **fit_options},
@@ -149,8 +152,18 @@ def learn_interpolant(
     return TransportResult(energies, outcome)
 
 
-def _start(interpolant: LearnedInterpolant, objective: Objective, rows: Rows) -> None:
-    """Start the waves from the moments of base and data."""
+def _unit(whitening: Whitening) -> float:
+    """Return the root of the mean square of the lengths that L gives vectors of length 1.
+
+    Losses are in it: to Adam, and to the search for the waves to start from, a small gradient is
+    none. Data with a deviation of 1e-4 left the interpolant where it was.
+    """
+    linear = whitening.linear.double()
+    return float((linear.square().sum() / max(linear.shape, default=1)).sqrt())
+
+
+def _start(interpolant: LearnedInterpolant, objective: Objective, rows: Rows, unit: float) -> None:
+    """Start the waves from the moments of base and data, in a unit of length."""
     base = objective.base.sample((_MOMENT_ROWS,)).double()
     few = subsample(len(rows.w), _MOMENT_ROWS, rows.weight).to(rows.w.device)
     w = objective.whitened(rows.take(few)).w.double()
@@ -158,7 +171,7 @@ def _start(interpolant: LearnedInterpolant, objective: Objective, rows: Rows) ->
     if objective.base.base is None:  # both are zero, but for the draws
         means = torch.zeros_like(means[0]), torch.zeros_like(means[1])
     cov0, cov1 = (torch.atleast_2d(rows.T.cov()) for rows in (base, w))  # of one column a number
-    metric = objective.flow.whitening.matrix()
+    metric = objective.flow.whitening.matrix().double() / unit
     interpolant.start_from_moments(means[0], cov0, means[1], cov1, metric=metric)
 
 

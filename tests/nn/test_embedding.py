@@ -511,3 +511,19 @@ def test_many_rows_are_embedded_in_pieces_without_gradients(monkeypatch):
     torch.testing.assert_close(found, whole)
     assert embedding(y).requires_grad
     assert seen[-1] == 7
+
+
+def test_of_many_rows_what_gradients_need_is_computed_again(monkeypatch):
+    embedding, y, seen = SetEmbedding(2, width=8), torch.randn(7, 10, 2), []
+
+    def gradients():
+        parts = embedding.forward_and_summary(y)
+        total = sum(part.square().sum() for part in parts)
+        return torch.autograd.grad(total, list(embedding.parameters()))
+
+    whole = gradients()
+    monkeypatch.setattr(embedding_module, "_ROWS_AT_ONCE", 35)
+    monkeypatch.setattr(embedding_module, "_ROWS_KEPT", 69)
+    embedding.rows.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    torch.testing.assert_close(gradients(), whole)
+    assert sorted(seen) == [1, 1, 3, 3, 3, 3]  # forward, and again on the way back

@@ -405,6 +405,16 @@ def test_held_out_rows_are_coupled_with_the_draws_of_the_base_that_are_held_out(
     assert {tuple(row) for row in drawn[0].tolist()} <= own
 
 
+def test_of_long_contexts_fewer_points_are_held_but_one_of_each_row():
+    flow = ConditionalInterpolantTransform(VelocityMLP(2, (8,), 4000)).flow
+    objective = Objective(flow, WhitenedBase(None, flow.whitening), independent)
+    for count, long, expected in (50, 4000, 2050), (3000, 4000, 3000), (50, 4, 8150):
+        rows = Rows(torch.randn(count, 2), torch.zeros(count, 1).expand(count, long))
+        points = objective.fixed_points(rows, objective.base, 64)
+        found = sum(p.t.expand(p.w.shape[:-1]).numel() for p in points)
+        assert found / len(points) == pytest.approx(expected, abs=64)
+
+
 def test_a_run_goes_on_with_the_times_and_the_rates_that_it_began_with(tmp_path):
     """A network that asks for others by now has them in the next run."""
     flow = InterpolantTransform(Own(2, 2), event_dim=2).flow

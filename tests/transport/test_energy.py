@@ -89,6 +89,17 @@ def test_the_energy_is_measured_in_data_coordinates():
     assert energies[1] == pytest.approx(100 * energies[0])
 
 
+def test_energies_and_bounds_in_units_whose_squares_float32_does_not_hold():
+    flow, x = InterpolantDistribution(random_flow(2).float()), torch.randn(50, 2).float()
+    transform, found = flow.transform, []
+    for unit in (1.0, 1e-25, 1e25):
+        transform.flow.whitening.set(torch.zeros(2), unit * torch.eye(2))
+        torch.manual_seed(0)
+        energy = path_energy(flow, count=50).value
+        found.append(torch.tensor([energy, w2_bound(flow, unit * x).excess]) / unit**2)
+    torch.testing.assert_close(found[1:], [found[0], found[0]], rtol=1e-4, atol=0.0)
+
+
 def test_the_energy_of_conditional_flows():
     distribution = ConditionalInterpolantDistribution(random_flow(2, context_dim=3))
     context = torch.randn(700, 3)

@@ -194,6 +194,21 @@ def test_no_row_held_out_at_the_end_is_learned_before(options, monkeypatch):
     assert all(torch.equal(a.base.rows, b.base.rows) for a, b in zip(start, end, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
+def test_the_unit_of_the_data_does_not_matter():
+    """A gradient of the square of a small one is nothing to Adam."""
+    x, energies, waves = torch.randn(200, 2) ** 2, [], []
+    for unit in (1.0, 1e-7, 1e7):
+        torch.manual_seed(1)
+        distribution = learned_path()
+        quick = {**QUICK, "batch_size": 64, "alternations": 5, "steps": 1, "tolerance": 10.0}
+        found = learn_interpolant(distribution, unit * x, **quick)
+        energies.append(torch.tensor(found.energies) / unit**2)
+        waves.append(distribution.transform.interpolant.waves)
+    torch.testing.assert_close(energies[1:], 2 * energies[:1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(waves[1:], 2 * waves[:1], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
 def test_the_alternation_takes_weights_and_pairs_too():
