@@ -49,7 +49,7 @@ _CANDIDATES = 16  # of an object's posterior draws, in an E-step
 _LOOK_CANDIDATES = 256
 _OBJECTS_AT_ONCE = 32  # whose draws are weighted together
 _CALIBRATION_ROWS = 256
-_TOLERANCE = 1e-2  # nats, of the calibration
+_TOLERANCE = 1e-2  # nats, of the calibration, and of log-evidences by given draws
 _EVIDENCE = "held-out log p(y)"
 
 
@@ -448,8 +448,8 @@ def _error_of_mean(keys: Tensor, values: Tensor, errors: Tensor) -> float:
     return math.hypot(of_rows, float(errors.square().mean().div(len(values)).sqrt()))
 
 
-def _warn(run: ExpectationMaximization, values: Tensor) -> None:
-    """Warn of a run without a round, and of rows held out that nothing explains."""
+def _warn(run: ExpectationMaximization, values: Tensor, errors: Tensor) -> None:
+    """Warn of a run without a round, of rows held out that nothing explains, and of few draws."""
     if run.regression.descent.steps == 0:
         warn_user(
             "no time was left for a round: what is returned is the start, from which no noise "
@@ -460,6 +460,13 @@ def _warn(run: ExpectationMaximization, values: Tensor) -> None:
         warn_user(
             f"{none} of {len(values)} rows held out have no likelihood under any latent drawn, "
             "and count as the worst of the others: check their noise and noise_data"
+        )
+    bias = 0.5 * float(errors[values.isfinite()].square().mean())
+    if isinstance(run.catalogue, PosteriorDraws) and bias > _TOLERANCE:
+        warn_user(
+            f"the draws of each object are few: log-evidences by them are {bias:.2g} nats too low "
+            "on average, and less so the wider a population is, which makes it too wide. Give "
+            "more draws of each, or draws made under a prior nearer to the population"
         )
 
 
@@ -477,7 +484,7 @@ def _finish(run: ExpectationMaximization, seconds: float, *, progress: bool) -> 
         )
     with stage("evaluating rows held out", progress=progress):
         values, errors, reference = _evidence(run)
-    _warn(run, values)
+    _warn(run, values, errors)
     keys = copy_keys(run.catalogue.known).cpu()[run.held[: len(values)]]
     errors, values = errors[values.isfinite()], unexplained_as_worst(values)
     distribution.report = Report(
