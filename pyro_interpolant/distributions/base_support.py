@@ -39,6 +39,15 @@ def stated_support(base: Distribution) -> Constraint | None:
     return support if all(torch.as_tensor(b).numel() == 1 for b in bounds) else None
 
 
+def scalars_of(base: Distribution) -> Distribution:
+    """Return the distribution of scalars, of batch shape ``(1,)``, that a base is made of."""
+    while isinstance(base, Independent):
+        base = base.base_dist
+    if base.event_shape:
+        raise NotImplementedError(f"quantiles of a base {type(base).__name__} are not known")
+    return base
+
+
 def has_bounds(base: Distribution) -> bool:
     """Return whether a distribution has no density beyond some bounds, as far as it says."""
     inner, transforms = _transformed(base)

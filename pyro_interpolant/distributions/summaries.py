@@ -16,7 +16,6 @@ from typing import NamedTuple
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import ComposeTransform, Distribution, Transform
 from torch.distributions.transforms import AffineTransform
@@ -25,7 +24,7 @@ from torch.quasirandom import SobolEngine
 from .._torch import broadcast_shapes, is_functional, is_tracing, seeded
 from ..transforms.interpolant import InterpolantTransform, broadcast_batch
 from ..transforms.monotone import mapped
-from .base_support import inside_base, stated_support
+from .base_support import inside_base, scalars_of, stated_support
 from .bases import ExternalBase, Samples, UniformTorus, detached
 from .constraints import innermost_constraint
 from .flow import FlowDistribution
@@ -294,6 +293,10 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
         _check_scalar(self, "cdf")
         value = self.value_of(value)
         check_value(value, self.event_shape, self.transform.flow.loc.dtype)
+        given = value.shape[: value.dim() - len(self.event_shape)]
+        batch = broadcast_batch(given, self.batch_shape)
+        if 0 in batch:  # which torch's checks cannot take
+            return (0 * value.sum()).expand(batch)
         if self._validate_args:
             self._validate_sample(value)
         return _cdf(self, value)
@@ -421,7 +424,7 @@ def _base_cdf(distribution: Summaries, x: Tensor, *, above: bool = False) -> Ten
         return 1 - _base_cdf(distribution, x)
     if isinstance(distribution.base, Summaries):
         return _cdf(distribution.base, x)
-    base = _scalars(distribution.base)
+    base = scalars_of(distribution.base)
     found = inside_base(base, x)
     with _naming(base, "cdf"):
         if found is None:
@@ -440,7 +443,7 @@ def _base_icdf(distribution: Summaries, q: Tensor, *, above: bool = False) -> Te
     q = 1 - q if above else q
     if isinstance(distribution.base, Summaries):
         return distribution.base.icdf(q)
-    base = _scalars(distribution.base)
+    base = scalars_of(distribution.base)
     with _naming(base, "icdf"):
         return base.icdf(q[..., None])
 
@@ -462,7 +465,7 @@ def _base_ends(distribution: Summaries) -> tuple[Tensor, Tensor]:
     if isinstance(base, Summaries):
         ends = [base.icdf(like.new_tensor(q)) for q in (0.0, 1.0)]
     else:
-        support = None if base is None else stated_support(_scalars(base))
+        support = None if base is None else stated_support(scalars_of(base))
         known = ("lower_bound", -math.inf), ("upper_bound", math.inf)
         ends = [torch.as_tensor(getattr(support, *bound)) for bound in known]
     shape = (*distribution.batch_shape, 1)
@@ -489,12 +492,3 @@ def _around(distribution: Summaries) -> tuple[Transform, Transform]:
     chain = distribution.transforms
     place = chain.index(distribution.transform)
     return ComposeTransform(chain[:place]), ComposeTransform(chain[place + 1 :])
-
-
-def _scalars(base: TorchDistributionMixin) -> Distribution:
-    """Return the distribution of scalars, of batch shape ``(1,)``, that a base is made of."""
-    while isinstance(base, torch.distributions.Independent):
-        base = base.base_dist
-    if base.event_shape:
-        raise NotImplementedError(f"quantiles of a base {type(base).__name__} are not known")
-    return base

@@ -131,6 +131,8 @@ def test_a_batch_of_no_members_has_summaries_of_its_shape():
     assert d.cdf(torch.ones(5, 1, 1)).shape == d.icdf(torch.full((5, 1), 0.5)).shape[:-1] == (5, 0)
     one, none = scalar(constraints.positive), torch.empty(0)
     assert one.cdf(none).shape == one.icdf(none).shape == one.support.check(none).shape == (0,)
+    row = normal(1)  # of event shape (1,), whose support torch cannot check without rows
+    assert row.cdf(none[:, None]).shape == row.icdf(none).shape[:-1] == (0,)
     value, log_det = one.from_flow(torch.empty(0, 4, 1))
     assert value.shape == log_det.shape == (0, 4)
 
