@@ -329,7 +329,7 @@ def trainable(network: nn.Module) -> Iterator[None]:
             p.grad = None
 
 
-def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def recomputed(function: Callable[..., _R]) -> Callable[..., _R]:
     """Return the same function, which stores only its arguments for the backward pass.
 
     Gradients of any order are those of plain back-propagation, with respect to the arguments and
@@ -337,7 +337,7 @@ def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     tensors, and while tracing, the function is called as it is.
     """
 
-    def call(*args: Tensor) -> Tensor:
+    def call(*args: Tensor) -> _R:
         if is_functional() or not torch.is_grad_enabled() or torch._C._get_tracing_state():
             return function(*args)
         return checkpoint(function, *args, use_reentrant=False)

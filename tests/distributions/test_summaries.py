@@ -287,6 +287,27 @@ def test_moments_have_gradients_in_the_parameters_of_a_base():
     close(slope, 4 * scale, rtol=0.1, atol=0)
 
 
+def test_an_entropy_keeps_no_graph_of_all_its_draws(monkeypatch):
+    monkeypatch.setattr(summaries, "_DRAWS", 16)
+    torch.manual_seed(0)
+    d = InterpolantDistribution(random_flow(2, (8,), solver=FixedGrid(2)))
+    weights = list(d.transform.parameters())
+
+    def entropy():
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            value = d.entropy()
+        slopes = torch.autograd.grad(value, weights, allow_unused=True)
+        return value, [s for s in slopes if s is not None], sum(x.numel() for x in kept)
+
+    found = entropy()
+    monkeypatch.setattr(summaries, "recomputed", lambda function: function)
+    plain = entropy()
+    torch.testing.assert_close(found[:2], plain[:2], rtol=0, atol=0)
+    assert found[1]
+    assert 10 * found[2] < plain[2]
+
+
 @pytest.mark.slow
 def test_a_base_without_gradients_of_draws_gives_none_rather_than_a_part():
     scale = torch.ones(2, 2, requires_grad=True)
