@@ -33,6 +33,7 @@ from pyro_interpolant import (
     save,
 )
 from pyro_interpolant import io as module
+from pyro_interpolant.transport.distillation import StudentTransforms
 
 KEY = "pyro_interpolant"
 
@@ -277,6 +278,13 @@ def test_a_flow_that_owns_no_weights_is_refused(view, path):
         ValueError, match="a flow that owns its weights: save the one it came from"
     ):
         save(distribution, path)
+    assert not path.exists()
+
+
+def test_what_to_save_of_a_student_is_said(path):
+    student = StudentTransforms([dist.transforms.AffineTransform(0.0, 2.0)]).over(torch.zeros(2))
+    with pytest.raises(TypeError, match=r"got Student: .* torch.save\(.*, as the student of a fl"):
+        save(student, path)
     assert not path.exists()
 
 

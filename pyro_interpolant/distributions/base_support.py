@@ -6,10 +6,12 @@ Of a distribution that is transformed by several, torch states the codomain of t
 
 import contextlib
 import functools
+import math
 import operator
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import (
     ComposeTransform,
@@ -23,6 +25,7 @@ from torch.distributions import (
 
 from .constraints import Constraint, innermost_constraint, is_all_real, of_events
 
+_BOUNDED = (constraints.simplex, constraints.sphere, constraints.corr_cholesky)
 _WRAPPERS = (Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
 
 
@@ -37,6 +40,24 @@ def stated_support(base: Distribution) -> Constraint | None:
     inner = innermost_constraint(support)
     bounds = [getattr(inner, name, 0.0) for name in ("lower_bound", "upper_bound")]
     return support if all(torch.as_tensor(b).numel() == 1 for b in bounds) else None
+
+
+def is_bounded(support: Constraint | None) -> bool:
+    """Return whether a support, if one is stated, has a finite size."""
+    if support is None:
+        return False
+    support = innermost_constraint(support)
+    bounds = [getattr(support, name, math.inf) for name in ("lower_bound", "upper_bound")]
+    return support in _BOUNDED or all(bool(torch.as_tensor(b).isfinite().all()) for b in bounds)
+
+
+def scalars_of(base: Distribution) -> Distribution:
+    """Return the distribution of scalars, of batch shape ``(1,)``, that a base is made of."""
+    while isinstance(base, Independent):
+        base = base.base_dist
+    if base.event_shape:
+        raise NotImplementedError(f"quantiles of a base {type(base).__name__} are not known")
+    return base
 
 
 def has_bounds(base: Distribution) -> bool:

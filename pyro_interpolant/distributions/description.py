@@ -82,7 +82,8 @@ def describe(distribution: AnyDistribution) -> tuple[Header, Tensors]:
         raise TypeError(
             "expected a distribution of this package, such as an InterpolantDistribution, got "
             f"{type(distribution).__name__}: of a guide, save its get_posterior() or, where it is "
-            "amortised, its posterior, and the guide itself by torch.save(guide, path)"
+            "amortised, its posterior, and the guide itself by torch.save(guide, path), as the "
+            "student of a flow"
         )
     header, tensors = _describe(distribution, "")
     header = json.loads(json.dumps(header, default=plain_number))

@@ -49,7 +49,8 @@ def as_tensor(x: ArrayLike, name: str = "data") -> Tensor:
             x = np.asarray(x)  # of jax
         if isinstance(x, np.ndarray) and x.dtype.kind != "O":
             x = np.require(x, x.dtype.newbyteorder("="), ["C", "W"])
-        return torch.as_tensor(x)
+        # Under a default device torch would move what is a tensor already, away from its flow.
+        return x if isinstance(x, Tensor) else torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(x, np.ndarray) and x.dtype.kind in "OSU":
             raise TypeError(

@@ -15,26 +15,29 @@ from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
-from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import ComposeTransform, Distribution, Transform
 from torch.distributions.transforms import AffineTransform
 from torch.quasirandom import SobolEngine
 
-from .._torch import broadcast_shapes, is_functional, is_tracing, seeded
+from .._torch import (
+    broadcast_shapes,
+    is_functional,
+    is_tracing,
+    needs_graph,
+    recomputed,
+    seeded,
+)
 from ..transforms.interpolant import InterpolantTransform, broadcast_batch
 from ..transforms.monotone import mapped
-from .base_support import inside_base, stated_support
+from .base_support import inside_base, is_bounded, scalars_of, stated_support
 from .bases import ExternalBase, Samples, UniformTorus, detached
-from .constraints import innermost_constraint
 from .flow import FlowDistribution
 from .quasi_random import normal_points
 from .rows import as_tensor, check_value, counted
 from .supports import CircularSupport
 
 _SETS, _DRAWS = 8, 512  # scrambled nets, whose spread tells the error, and the draws of each
-_BOUNDED = (constraints.simplex, constraints.sphere, constraints.corr_cholesky)
 _LIGHT = (  # tails as light as a normal's; torch's classes are those that Pyro's derive from
     torch.distributions.Normal,
     torch.distributions.HalfNormal,
@@ -83,6 +86,14 @@ def _sets(distribution: "Summaries", *, with_densities: bool) -> Iterator[tuple[
         bare.base_dist = detached(bare.base_dist)
     source = bare.base_dist
     quasi_random = bare.base is None and len(loc) <= SobolEngine.MAXDIM
+    known = with_densities and bare.has_density()
+    by_spline = quasi_random and len(loc) == 1 and not known  # as sample() of scalars
+    sources = bare.transform.raw_context, *flow.parameters()
+
+    def images(z: Tensor) -> tuple[Tensor, Tensor]:
+        x = pushed(bare, z) if by_spline else ComposeTransform(bare.transforms)(z.contiguous())
+        return x, bare.log_prob(x) if known else x[..., 0] * math.nan
+
     # The first scope of a seed imports a compiler, for a second: none where nothing is drawn.
     with seeded(0) if with_densities or not quasi_random else contextlib.nullcontext():
         for i in range(_SETS):
@@ -92,10 +103,8 @@ def _sets(distribution: "Summaries", *, with_densities: bool) -> Iterator[tuple[
             else:
                 draw = source.rsample if source.has_rsample else source.sample
                 z = draw(torch.Size((_DRAWS,)))
-            known = with_densities and bare.has_density()
-            by_spline = quasi_random and len(loc) == 1 and not known  # as sample() of scalars
-            x = pushed(bare, z) if by_spline else ComposeTransform(bare.transforms)(z.contiguous())
-            log_prob = bare.log_prob(x) if known else x[..., 0] * math.nan
+            # A graph of all sets at once would take gigabytes.
+            x, log_prob = recomputed(images)(z) if needs_graph(z, *sources) else images(z)
             new = (1,) * (len(own) - len(batch))
             x = x.reshape(_DRAWS, *new, *batch, len(loc)).expand(_DRAWS, *own, -1)
             y, log_det = distribution.from_flow(x)
@@ -143,16 +152,7 @@ def _is_light(base: Distribution | None) -> bool:
         return True
     inner = _inner(base)
     within = inner is not None and _keeps_tails(base) and _is_light(inner)
-    return within or _is_bounded(stated_support(base))
-
-
-def _is_bounded(support: constraints.Constraint | None) -> bool:
-    """Return whether a support, if one is stated, has a finite size."""
-    if support is None:
-        return False
-    support = innermost_constraint(support)
-    bounds = [getattr(support, name, math.inf) for name in ("lower_bound", "upper_bound")]
-    return support in _BOUNDED or all(bool(torch.as_tensor(b).isfinite().all()) for b in bounds)
+    return within or is_bounded(stated_support(base))
 
 
 def _existing(base: Distribution) -> tuple[float, float]:
@@ -294,6 +294,10 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
         _check_scalar(self, "cdf")
         value = self.value_of(value)
         check_value(value, self.event_shape, self.transform.flow.loc.dtype)
+        given = value.shape[: value.dim() - len(self.event_shape)]
+        batch = broadcast_batch(given, self.batch_shape)
+        if 0 in batch:  # which torch's checks cannot take
+            return (0 * value.sum()).expand(batch)
         if self._validate_args:
             self._validate_sample(value)
         return _cdf(self, value)
@@ -421,7 +425,7 @@ def _base_cdf(distribution: Summaries, x: Tensor, *, above: bool = False) -> Ten
         return 1 - _base_cdf(distribution, x)
     if isinstance(distribution.base, Summaries):
         return _cdf(distribution.base, x)
-    base = _scalars(distribution.base)
+    base = scalars_of(distribution.base)
     found = inside_base(base, x)
     with _naming(base, "cdf"):
         if found is None:
@@ -440,7 +444,7 @@ def _base_icdf(distribution: Summaries, q: Tensor, *, above: bool = False) -> Te
     q = 1 - q if above else q
     if isinstance(distribution.base, Summaries):
         return distribution.base.icdf(q)
-    base = _scalars(distribution.base)
+    base = scalars_of(distribution.base)
     with _naming(base, "icdf"):
         return base.icdf(q[..., None])
 
@@ -462,7 +466,7 @@ def _base_ends(distribution: Summaries) -> tuple[Tensor, Tensor]:
     if isinstance(base, Summaries):
         ends = [base.icdf(like.new_tensor(q)) for q in (0.0, 1.0)]
     else:
-        support = None if base is None else stated_support(_scalars(base))
+        support = None if base is None else stated_support(scalars_of(base))
         known = ("lower_bound", -math.inf), ("upper_bound", math.inf)
         ends = [torch.as_tensor(getattr(support, *bound)) for bound in known]
     shape = (*distribution.batch_shape, 1)
@@ -489,12 +493,3 @@ def _around(distribution: Summaries) -> tuple[Transform, Transform]:
     chain = distribution.transforms
     place = chain.index(distribution.transform)
     return ComposeTransform(chain[:place]), ComposeTransform(chain[place + 1 :])
-
-
-def _scalars(base: TorchDistributionMixin) -> Distribution:
-    """Return the distribution of scalars, of batch shape ``(1,)``, that a base is made of."""
-    while isinstance(base, torch.distributions.Independent):
-        base = base.base_dist
-    if base.event_shape:
-        raise NotImplementedError(f"quantiles of a base {type(base).__name__} are not known")
-    return base

@@ -176,7 +176,7 @@ def _on_support(fn: Distribution, value: Tensor | None, *, moved: bool) -> Tenso
         return _in_a_component(fn, value, moved=moved)
     if not moved and not constraints.is_dependent(type(fn).support):
         return True
-    inside = torch.as_tensor(support.check(value))  # one of the user's may return a bool
+    inside = torch.as_tensor(support.check(value), device=value.device)  # a user's may be a bool
     return inside.flatten(-events).all(-1) if events else inside
 
 

@@ -391,11 +391,20 @@ def mask_of(validation: HeldOut) -> Tensor | None:
     """Return which rows are held out, shape ``(N,)``, where it is this that a user says.
 
     Raises:
-        TypeError: If it is a mask of whole numbers.
+        TypeError: If it is a mask of whole numbers, or one with missing entries.
     """
     if validation is None or isinstance(validation, int | float | tuple | Mapping):
         return None
-    if isinstance(validation, Tensor):
+    kind = str(getattr(validation, "dtype", None)).lower().removeprefix("torch.")
+    if kind in ("bool", "boolean"):
+        found = as_tensor(validation, "validation")
+        if found.is_floating_point():
+            raise TypeError(
+                "expected a mask of the rows held out without missing entries, got "
+                f"{int(found.isnan().sum())}: write True or False for them, as mask.filled(False) "
+                "of numpy or mask.fillna(False) of pandas does"
+            )
+    elif isinstance(validation, Tensor):
         found = validation
     else:
         values = np.asarray(validation)  # of a list, or a column of a frame, too

@@ -214,8 +214,9 @@ def whitening_map(
     count, dim = x.shape
     if count <= dim:
         raise ValueError(
-            f"expected more rows than dimensions, got {count} rows of {dim}: get more data, or "
-            "drop columns; join chains first, as get_samples() does without group_by_chain"
+            f"expected more rows than dimensions, got {count} rows of {dim}, not counting those "
+            "held out: get more data, or drop columns; join chains first, as get_samples() does "
+            "without group_by_chain"
         )
     eps, x = max(torch.finfo(kind).eps for kind in (x.dtype, dtype or x.dtype)), x.double()
     constant = (x == x[0]).all(dim=0)

@@ -45,6 +45,13 @@ def test_masked_numbers_of_torch_are_missing_ones(dtype):
     assert torch.equal(found[there], x[there].to(found))
 
 
+def test_tensors_stay_where_they_are_whatever_the_default_device():
+    x = torch.ones(3)
+    with torch.device("meta"):
+        assert as_tensor(x) is x
+        assert as_tensor([1.0]).is_meta
+
+
 @pytest.mark.parametrize("mask", [[0, 0, 0], [0, 1, 0]])
 def test_masked_dates_are_no_numbers(mask):
     days = np.arange("2020-01-01", "2020-01-04", dtype="M8[D]")

@@ -131,6 +131,8 @@ def test_a_batch_of_no_members_has_summaries_of_its_shape():
     assert d.cdf(torch.ones(5, 1, 1)).shape == d.icdf(torch.full((5, 1), 0.5)).shape[:-1] == (5, 0)
     one, none = scalar(constraints.positive), torch.empty(0)
     assert one.cdf(none).shape == one.icdf(none).shape == one.support.check(none).shape == (0,)
+    row = normal(1)  # of event shape (1,), whose support torch cannot check without rows
+    assert row.cdf(none[:, None]).shape == row.icdf(none).shape[:-1] == (0,)
     value, log_det = one.from_flow(torch.empty(0, 4, 1))
     assert value.shape == log_det.shape == (0, 4)
 
@@ -283,6 +285,27 @@ def test_moments_have_gradients_in_the_parameters_of_a_base():
     close(slope, torch.ones(2))
     (slope,) = torch.autograd.grad(d.variance.sum(), scale)
     close(slope, 4 * scale, rtol=0.1, atol=0)
+
+
+def test_an_entropy_keeps_no_graph_of_all_its_draws(monkeypatch):
+    monkeypatch.setattr(summaries, "_DRAWS", 16)
+    torch.manual_seed(0)
+    d = InterpolantDistribution(random_flow(2, (8,), solver=FixedGrid(2)))
+    weights = list(d.transform.parameters())
+
+    def entropy():
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            value = d.entropy()
+        slopes = torch.autograd.grad(value, weights, allow_unused=True)
+        return value, [s for s in slopes if s is not None], sum(x.numel() for x in kept)
+
+    found = entropy()
+    monkeypatch.setattr(summaries, "recomputed", lambda function: function)
+    plain = entropy()
+    torch.testing.assert_close(found[:2], plain[:2], rtol=0, atol=0)
+    assert found[1]
+    assert 10 * found[2] < plain[2]
 
 
 @pytest.mark.slow

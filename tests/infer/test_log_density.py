@@ -38,6 +38,7 @@ from pyro_interpolant.infer.initialization import init_to_support
 from pyro_interpolant.infer.log_density import evaluated_safely
 from pyro_interpolant.infer.prior import prior_draws
 from pyro_interpolant.infer.sites import unchecked
+from pyro_interpolant.infer.validity import has_density
 
 Y = torch.tensor([2.8, 0.8, -0.3, 0.7, -0.1, 0.1, 1.8, 1.2], dtype=torch.float64)
 
@@ -548,6 +549,13 @@ def test_a_share_may_be_zero():
     found = log_joint(model)(z)
     torch.testing.assert_close(found[:2], expected)
     assert found[2] < -30.0
+
+
+def test_where_a_value_has_a_density_stays_beside_it_whatever_the_default_device():
+    fn, value = dist.Gamma(torch.ones(2), torch.ones(2)), torch.tensor([1.0, -1.0])
+    with torch.device("meta"):
+        found = has_density(fn, value, mask=None, moved=True)
+    assert found.tolist() == [True, False]
 
 
 def test_a_distribution_without_constraints_has_a_density():

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from arrays import MaskedByAstropy
+from torch.masked import masked_tensor
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
@@ -645,6 +646,20 @@ def test_what_is_held_out_may_be_of_any_real_type_a_list_or_a_mask_of_booleans_a
     for mask in (whole, (whole == 3).int(), whole.numpy(), whole.tolist()):
         with pytest.raises(TypeError, match=r"a mask of booleans, got .*: a mask of 0 and 1 is"):
             mask_of(mask)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+@pytest.mark.parametrize("kind", ["numpy", "pandas", "torch"])
+def test_a_mask_with_missing_entries_is_refused(kind):
+    held, there = np.arange(50) % 7 == 3, np.arange(50) != 10  # where the mask has True
+    kinds = {
+        "numpy": lambda there: np.ma.masked_array(held, mask=~there),
+        "pandas": lambda there: pd.Series(held, dtype="boolean").where(there),
+        "torch": lambda there: masked_tensor(torch.tensor(held), torch.tensor(there)),
+    }
+    assert torch.equal(mask_of(kinds[kind](there | True)), torch.tensor(held))
+    with pytest.raises(TypeError, match=r"without missing entries, got 1: write True or False"):
+        mask_of(kinds[kind](there))
 
 
 def test_a_batch_size_may_be_a_whole_float():

@@ -580,7 +580,7 @@ BAD = {
     "inf": (tiny, lambda: with_bad_row(math.inf), {}, ValueError, "in 2 of 100 .* row 3"),
     "constant": (tiny, constant, {}, ValueError, r"constant columns \[1\]"),
     "dependent": (tiny, dependent, {}, ValueError, "linearly independent columns"),
-    "few rows": (tiny, lambda: X[:2], {}, ValueError, "more rows than dimensions"),
+    "few rows": (tiny, lambda: X[:2], {}, ValueError, "1 rows of 2, not counting those held"),
     "no rows": (tiny, lambda: X[:0], {}, ValueError, "expected rows of data, got none"),
     "integer": (tiny, lambda: torch.ones(50, 2).long(), {}, TypeError, "floating type"),
     "complex": (tiny, lambda: X * 1j, {}, TypeError, "floating type"),
