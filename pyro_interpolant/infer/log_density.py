@@ -242,9 +242,10 @@ class LogJoint:
                 trace.compute_log_prob()
             except NotImplementedError as error:
                 bare = next(s for s in _scored(nodes) if "log_prob" not in s)
+                why = f" ({error})" if str(error) else ""  # of a part of it, perhaps
                 raise NoDensityError(
                     f"expected a log_prob of every site, got a {type(bare['fn']).__name__} at "
-                    f"{bare['name']!r}, which has none: an AmortizedInterpolant learns from "
+                    f"{bare['name']!r}, which has none{why}: an AmortizedInterpolant learns from "
                     "simulations alone, and calibration() judges it"
                 ) from error
         return nodes

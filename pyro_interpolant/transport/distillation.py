@@ -72,6 +72,21 @@ class Student(dist.TransformedDistribution):
         new.space, new._ends = self.space, self._ends
         return super().expand(torch.Size(batch_shape), _instance=new)
 
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Return draws, shape ``(*sample_shape, *batch_shape, *event_shape)``."""
+        none = self._none(sample_shape)
+        return super().sample(torch.Size(sample_shape)) if none is None else none
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Return such draws with gradients."""
+        none = self._none(sample_shape)
+        return super().rsample(torch.Size(sample_shape)) if none is None else none
+
+    def _none(self, sample_shape: Sequence[int]) -> Tensor | None:
+        """Return the draws where there are none, which Pyro's couplings cannot reshape."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return self.base_dist.mean.new_zeros(shape) if 0 in shape else None
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density, shape ``(*)``, of values of shape ``(*, *event_shape)``.
 

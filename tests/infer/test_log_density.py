@@ -899,6 +899,19 @@ def test_a_site_without_a_density_is_named(asks):
         asks(simulator)
 
 
+def test_why_a_site_has_no_density_is_said():
+    class Marginal(Simulated):
+        def log_prob(self, value):
+            raise NotImplementedError("a sum over all paths")
+
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", Marginal(), obs=torch.tensor(0.3))
+
+    with pytest.raises(ValueError, match=r"Marginal at 'y', .* none \(a sum over all paths\): an"):
+        log_joint(model)
+
+
 def test_a_density_that_is_nowhere_finite_is_refused():
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))

@@ -140,7 +140,7 @@ def test_a_student_is_nowhere_that_the_flow_is_not(support, outside):
 
 
 @pytest.mark.parametrize("support", [constraints.real_vector, constraints.simplex])
-def test_no_rows_have_densities_of_a_student_as_of_the_flow(support):
+def test_of_no_rows_a_student_has_draws_and_densities_as_the_flow(support):
     flow = random_prior(2, support=support)
     student = distill(flow, **{**QUICK, "count": 100, "steps": 1}).distribution
     x = flow.sample((4,))
@@ -149,6 +149,8 @@ def test_no_rows_have_densities_of_a_student_as_of_the_flow(support):
         assert each.log_prob(none).shape == (0,)
         assert each.expand((3, 1)).log_prob(none).shape == (3, 0)
         assert torch.autograd.grad(each.log_prob(none).sum(), none)[0].shape == none.shape
+        assert each.sample((2, 0)).shape == (2, 0, *flow.event_shape)
+        assert each.expand((0,)).rsample((2,)).shape == (2, 0, *flow.event_shape)
 
 
 def test_a_student_takes_values_of_its_type_and_shape():
