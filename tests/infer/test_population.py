@@ -1,8 +1,10 @@
 """Populations behind noisy rows, against the closed forms of Gaussians."""
 
 import math
+import re
 import threading
 import time
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,7 +43,10 @@ COVARIANCE = ROOT @ ROOT.T
 QUICK = {"steps": 30, "seed": 0, "progress": False}
 
 
-pytestmark = pytest.mark.usefixtures("_narrow_networks")
+pytestmark = [
+    pytest.mark.usefixtures("_narrow_networks"),
+    pytest.mark.filterwarnings("ignore:the draws of each object are few"),  # as they are here
+]
 
 
 def gaussian(loc=LOC, root=ROOT, *, given=False):
@@ -762,6 +767,21 @@ def test_posterior_draws_and_a_seed_learn_the_same_and_leave_the_generator_alone
         found.append(flow.log_prob(u[:, 0]))
         assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(*found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "bias"), [(5, "0.0[123]"), (400, None)])
+def test_few_draws_of_each_object_are_told_of(count, bias):
+    """Of N(0, 1) with errors as wide, under N(0, 9): its sd comes out 1.2 by 5 draws of each."""
+    y = 2**0.5 * torch.randn(300, 1, 1)
+    draws = 0.9 * y + 0.9**0.5 * torch.randn(300, count, 1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        log_prior = Normal(0.0, 3.0).log_prob(draws[..., 0])
+        from_posterior_samples(draws, log_prior, **{**QUICK, "steps": 300})
+    found = [str(each.message) for each in told if "are few" in str(each.message)]
+    assert len(found) == (bias is not None)
+    assert not bias or re.search(rf"by them are {bias}\d* nats too low", found[0])
 
 
 @pytest.mark.usefixtures("_small_runs")
