@@ -438,10 +438,7 @@ def _evidence(run: ExpectationMaximization) -> tuple[Tensor, Tensor, float]:
 def _error_of_mean(keys: Tensor, values: Tensor, errors: Tensor) -> float:
     """Return the error of a mean log-evidence: of rows, copies being one, and of their draws.
 
-    Args:
-        keys: Whole numbers that are the same for copies of a row, shape ``(n,)``.
-        values: Their log-evidences, finite, shape ``(n,)``.
-        errors: The errors of those that there are, shape ``(m,)``.
+    By keys that copies share, finite values, ``(n,)`` each, and the errors of those there are.
     """
     groups = keys.unique(return_inverse=True)[1].to(values.device)
     of_rows = Scores.equal(values)._replace(groups=groups).error()

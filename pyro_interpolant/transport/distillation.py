@@ -78,7 +78,7 @@ class Student(dist.TransformedDistribution):
         return super().sample(torch.Size(sample_shape)) if none is None else none
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Return such draws with gradients."""
+        """Return draws with gradients, shape ``(*sample_shape, *batch_shape, *event_shape)``."""
         none = self._none(sample_shape)
         return super().rsample(torch.Size(sample_shape)) if none is None else none
 

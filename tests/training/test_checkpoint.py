@@ -144,10 +144,10 @@ def test_a_run_for_the_noise_goes_on_with_the_flow_that_it_left(tmp_path):
 @pytest.mark.parametrize("none_at", [{0}, {2, 3, 4}], ids=["first", "later"])
 def test_a_run_is_judged_on_by_what_it_began_with(none_at, tmp_path, monkeypatch):
     """Where densities cannot be computed at first, losses judge; later on, nothing is kept."""
-    scores_of, looks = reporting._scores, []
+    scores_of, looks = reporting.HeldOutDensity._scores, []
 
-    def scores(distribution, held):
-        found = scores_of(distribution, held)
+    def scores(self, rows):
+        found = scores_of(self, rows)
         looks.append(found)
         is_none = len(looks) - 1 in none_at
         return found._replace(values=found.values + math.inf) if is_none else found
@@ -156,7 +156,7 @@ def test_a_run_is_judged_on_by_what_it_began_with(none_at, tmp_path, monkeypatch
         flow = made()
         return fit(flow, rows(), checkpoint=tmp_path / "run", **QUICK, **options), flow
 
-    monkeypatch.setattr(reporting, "_scores", scores)
+    monkeypatch.setattr(reporting.HeldOutDensity, "_scores", scores)
     expected = made()
     result = fit(expected, rows(), **QUICK)
     looks.clear()
