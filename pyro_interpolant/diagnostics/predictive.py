@@ -301,12 +301,12 @@ class _Rows:
         Returns:
             Shape ``(N,)``.
         """
-        order = torch.randperm(len(self.u))
+        order = torch.randperm(len(self.u)).to(self.u.device)
         if self.context is not None:
             context = self.context.double()
             along = context / robust_deviation(context) @ torch.randn(context.shape[1]).to(context)
-            order = order[along.cpu()[order].argsort()]
-        return order.to(self.u.device)
+            order = order[along[order].argsort()]
+        return order
 
     def ranks(self, *, densities: bool = False) -> Tensor:
         """Return the share of draws below each column, spread over its step, ``(N, K)``."""

@@ -119,7 +119,7 @@ class Calibration(NamedTuple):
     Attributes:
         sbc: The ranks of the latents, and of their density, among draws given their data.
         coverage: The levels of the highest-density regions on whose edge the latents lie.
-        tarp: The shares of draws nearer to random references than the latents are.
+        tarp: The shares of draws that are nearer than the latents to those of similar data.
         verdict: What follows from all, in a sentence. Chance fails a check, by its own band, in 1%
             of all cases, and this, too: it names checks beyond the band of all three at once.
     """

@@ -149,10 +149,8 @@ class SetEmbedding(nn.Module):
         is_kept = torch.is_grad_enabled() and rows[..., 0].numel() <= _ROWS_KEPT
         if is_tracing() or is_kept or len(rows) <= size:
             return self._both(rows, there)
-        pieces, both = (
-            zip(rows.split(size), there.split(size), strict=True),
-            recomputed(self._both),
-        )
+        both = recomputed(self._both)
+        pieces = zip(rows.split(size), there.split(size), strict=True)
         embedded, summaries = zip(*(both(*piece) for piece in pieces), strict=True)
         return torch.cat(embedded), torch.cat(summaries)
 
