@@ -436,10 +436,7 @@ def _evidence(run: ExpectationMaximization) -> tuple[Tensor, Tensor, float]:
 
 
 def _error_of_mean(keys: Tensor, values: Tensor, errors: Tensor) -> float:
-    """Return the error of a mean log-evidence: of rows, copies being one, and of their draws.
-
-    By keys that copies share, finite values, ``(n,)`` each, and the errors of those there are.
-    """
+    """Return the error of a mean log-evidence: of rows, whose copies share a key, and of draws."""
     groups = keys.unique(return_inverse=True)[1].to(values.device)
     of_rows = Scores.equal(values)._replace(groups=groups).error()
     return math.hypot(of_rows, float(errors.square().mean().div(len(values)).sqrt()))
