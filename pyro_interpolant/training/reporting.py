@@ -67,13 +67,12 @@ def reference(distribution: AnyDistribution, kept: Rows) -> Callable[[Rows], Ten
     if isinstance(distribution.space, CircularSupport):
         constant = -distribution.transform.flow.event_dim * math.log(2 * math.pi)
         return lambda rows: rows.w.new_full((len(rows.w),), constant, dtype=torch.float64)
-    flow, dim = distribution.transform.flow, kept.w.shape[-1]
-    contexts = 0 if kept.context is None else kept.context.shape[-1]
-    columns = dim + (flow.classes or 1 + contexts)
+    columns = kept.w.shape[-1] + (0 if kept.context is None else kept.context.shape[-1])
     few = kept.evenly(max(_FEWEST_FITTED, min(_FITTED_ROWS, _FITTED_NUMBERS // columns)))
+    flow = distribution.transform.flow
     x = distribution.ungaussianized(few.w.to(flow.loc))[0].double()
     share = shares_of(few.w, few.weight)
-    if len(x) <= columns:
+    if len(x) <= columns + (flow.classes or 1):
         return None
     scale = (share @ (x - share @ x).square()).sqrt()
     if not bool((scale > 0).all()):
