@@ -182,20 +182,15 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     each, as of LAPACK, takes many times as long; of larger ones it takes a tenth.
     """
     if len(b) > _COLUMNS_APART:
-        return _lead(_trail(a) @ _trail(b))
+        return _turned(_turned(a) @ _turned(b))
     total = a[:, :1] * b[0]
     for j in range(1, len(b)):
         total.addcmul_(a[:, j : j + 1], b[j])
     return total
 
 
-def _trail(a: Tensor) -> Tensor:
-    """Return matrices of shape ``(I, J, n, K)`` as ``(n, K, I, J)``."""
-    return a.permute(2, 3, 0, 1)
-
-
-def _lead(a: Tensor) -> Tensor:
-    """Return matrices of shape ``(n, K, I, J)`` as ``(I, J, n, K)``."""
+def _turned(a: Tensor) -> Tensor:
+    """Return matrices of shape ``(I, J, n, K)`` as ``(n, K, I, J)``, or back."""
     return a.permute(2, 3, 0, 1)
 
 
@@ -206,10 +201,10 @@ def _inverse_root(a: Tensor) -> tuple[Tensor, Tensor]:
         a: Positive definite matrices, shape ``(D, D, n, K)``, in whose place their roots come.
     """
     if len(a) > _COLUMNS_APART:
-        root = torch.linalg.cholesky(_trail(a))
+        root = torch.linalg.cholesky(_turned(a))
         one = torch.eye(len(a)).to(root)
         inverse = torch.linalg.solve_triangular(root, one, upper=False)
-        return _lead(inverse), root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return _turned(inverse), root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     w = torch.zeros_like(a)
     for i in range(len(a)):
         a[i:, i] /= a[i, i].sqrt()
