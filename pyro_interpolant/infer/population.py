@@ -173,9 +173,9 @@ def from_posterior_samples(
     Draws of :math:`p(x | y_i) \propto \pi(x) p(y_i | x)` are weighted by
     :math:`\rho(x) / \pi(x)`, the population over the interim prior. That prior must be wider than
     the population: where there are no draws, there is nothing to weigh. The draws of each object
-    must be many: of K draws of normal objects under a prior three times as wide as the population,
-    with errors as wide as that, its standard deviation is 40%, 22%, 8% and 2% too large for K = 2,
-    5, 20 and 100, however many objects there are. Where log-evidences are more than 0.01 nats too
+    must be many: of a normal population, errors as wide as it, and a prior three times as wide,
+    the standard deviation comes out 40%, 22%, 8% and 2% too large by K = 2, 5, 20 and 100 draws of
+    each object, however many objects there are. Where log-evidences are more than 0.01 nats too
     low for this, a warning says so.
 
     Args:
