@@ -56,8 +56,8 @@ class ImportanceSummary(NamedTuple):
             reliable.
         ess: The effective sample size :math:`(\sum w)^2 / \sum w^2`.
         log_evidence: :math:`\log \frac1N \sum w`, an estimate of :math:`\log \int p`, nats.
-        log_evidence_stderr: Its standard error, of chance and of the solver of q; too small where
-            k-hat is large.
+        log_evidence_stderr: Its standard error, of chance, of the solver of q, and of the rounding
+            of densities; too small where k-hat is large.
     """
 
     k_hat: float
@@ -77,7 +77,9 @@ def summarise_weights(log_weights: Tensor, solver_error: float = 0.0) -> Importa
         return ImportanceSummary(math.inf, 0.0, -math.inf, math.inf)
     k_hat, ess = pareto_smooth(log_weights).k_hat, effective_sample_size(log_weights)
     value, chance = log_mean_weight(log_weights)
-    return ImportanceSummary(k_hat, ess, value, math.hypot(chance, solver_error))
+    # What all draws share, such as a constant of the model, is rounded alike: no mean removes it.
+    rounding = torch.finfo(log_weights.dtype).eps * abs(value) / math.sqrt(12)
+    return ImportanceSummary(k_hat, ess, value, math.hypot(chance, solver_error, rounding))
 
 
 def finite_or_minus_inf(values: Tensor) -> Tensor:

@@ -230,6 +230,18 @@ def test_the_mean_weight_and_its_error():
     assert log_mean_weight(torch.zeros(9))[1] == pytest.approx(0.0, abs=1e-7)
 
 
+def test_the_error_of_the_evidence_counts_the_rounding_of_densities():
+    """A constant that all draws share is rounded alike, whatever their number."""
+    noise, within = 0.01 * torch.randn(2000), 0
+    for constant in torch.linspace(-1e6, -6e5, 20).tolist():
+        rounded = torch.tensor(constant, dtype=torch.float32) + noise.float()
+        found = summarise_weights(rounded)
+        exact = summarise_weights(noise + constant)
+        assert exact.log_evidence_stderr < 1e-3
+        within += abs(found.log_evidence - constant) < 2 * found.log_evidence_stderr
+    assert within == 20
+
+
 def test_whole_numbers_are_weights_like_others():
     whole = torch.arange(40) % 7
     smoothed, k_hat = pareto_smooth(whole)
