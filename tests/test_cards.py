@@ -45,8 +45,8 @@ def test_results_print_as_cards():
         (TransportResult([3.0] * 50 + [2.5], FIT), ["energy 3 at first, 2.5 at last", "-6.120"]),
         (PathEnergy(2.345, 0.02), ["path energy 2.345 ± 0.020"]),
         (
-            W2Bound(3.2, 0.1, 1.7, exact=True),
-            ["W2^2 at most 3.2: excess 0.1, Lipschitz constant 1.7"],
+            W2Bound(3.2, 0.1, 1.0, exact=True, excess_stderr=0.02),
+            ["W2^2 at most 3.2 ± 0.4: excess 0.1 ± 0.02, Lipschitz constant 1"],
         ),
         (SolverError(1e-3, 5e-3, -1e-4, 1e-5, 2e-4), ["within 0.001 nats", "bias -0.0001"]),
     ):

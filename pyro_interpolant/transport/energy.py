@@ -53,18 +53,23 @@ class W2Bound(NamedTuple):
             supremum that the theorem asks for can be larger.
         exact: Whether ``excess`` is H itself, the minimum being known, up to sampling; else it
             contains the variance that no velocity can explain, and the bound is loose.
+        excess_stderr: The standard error of ``excess``, of the rows, times and base draws. Where
+            that is not small beside it, ``bound`` may be too low by the same factor: it is zero
+            for an excess that came out negative.
     """
 
     bound: float
     excess: float
     lipschitz: float
     exact: bool
+    excess_stderr: float = math.nan
 
     def __repr__(self) -> str:
-        """Say the bound, and what it is made of."""
+        """Say the bound, and what it is made of, with the error that sampling leaves."""
         kind = "" if self.exact else "at most "
         return (
-            f"W2^2 at most {self.bound:.3g}: excess {kind}{self.excess:.3g}, Lipschitz constant "
+            f"W2^2 at most {self.bound:.3g} ± {_growth(self.lipschitz) * self.excess_stderr:.2g}: "
+            f"excess {kind}{self.excess:.3g} ± {self.excess_stderr:.2g}, Lipschitz constant "
             f"{self.lipschitz:.3g}"
         )
 
@@ -185,13 +190,18 @@ def w2_bound(
         w_t, dw_t = flow.interpolant.sample(t, w0, w1)
         v = flow.whitening.push(evaluate(flow.velocity, t, w_t, context)).double()
         target = flow.whitening.push(dw_t).double()
-        if minimum is None:
-            excess = float((v - target).square().sum(-1).mean())
-        else:
-            excess = float((v * (v - 2 * target)).sum(-1).mean()) - minimum
+        each = ((v - target).square() if minimum is None else v * (v - 2 * target)).sum(-1)
+        excess = float(each.mean()) - (minimum or 0.0)
+        error = float(each.std()) / math.sqrt(len(each)) if len(each) > 1 else math.nan
         lipschitz = _lipschitz(flow, t[:_JACOBIAN_ROWS], w_t[:_JACOBIAN_ROWS], context)
-    bound = math.exp(1 + 2 * lipschitz) * max(excess, 0.0) if lipschitz < 300 else math.inf
-    return W2Bound(bound, excess, lipschitz, minimum is not None)
+    growth = _growth(lipschitz)
+    bound = growth * max(excess, 0.0) if growth < math.inf else math.inf
+    return W2Bound(bound, excess, lipschitz, minimum is not None, error)
+
+
+def _growth(lipschitz: float) -> float:
+    """Return what the excess is multiplied by, infinite where that is beyond all numbers."""
+    return math.exp(1 + 2 * lipschitz) if lipschitz < 300 else math.inf
 
 
 def _lipschitz(flow: Flow, t: Tensor, w: Tensor, context: Tensor | None) -> float:

@@ -187,6 +187,19 @@ def test_the_bound_is_the_excess_times_the_growth():
     assert w2_bound(shifted, data[:500], seed=3) != w2_bound(shifted, data[:500], seed=4)
 
 
+def test_the_error_of_the_excess_is_that_of_repetitions():
+    """Of an exact velocity it is zero, and comes out negative as often as not."""
+    pair, distribution = exact_flow(0, 2, Trigonometric())
+    minimum, found = -pair.energy(Trigonometric()), []
+    for seed in range(60):
+        bound = w2_bound(distribution, pair.sample(1, 300), minimum=minimum, seed=seed)
+        found.append((bound.excess, bound.excess_stderr))
+    excess, stated = torch.tensor(found).T
+    assert 0.25 < float((excess < 0).double().mean()) < 0.75
+    assert 0.7 < float(excess.square().mean().sqrt() / stated.square().mean().sqrt()) < 1.4
+    assert "W2^2 at most 0 ± " in repr(bound._replace(bound=0.0))
+
+
 def test_the_lipschitz_constant_is_the_spectral_norm_in_data_coordinates():
     matrix = torch.tensor([[1.0, 4.0], [0.0, -2.0]])
 
