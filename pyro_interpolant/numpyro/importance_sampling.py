@@ -28,8 +28,9 @@ class ImportanceResult(NamedTuple):
             matter.
         ess: The effective sample size :math:`(\sum w)^2 / \sum w^2` of the draws.
         log_evidence: :math:`\log \frac1N \sum w`, an estimate of the model's log-evidence, nats.
-        log_evidence_stderr: Its standard error, of chance and of the flow's solver, whose part is
-            what doubling its steps changes; too small where k-hat is large.
+        log_evidence_stderr: Its standard error, of chance, of the rounding of densities and of
+            the flow's solver, whose part is what doubling its steps changes; too small where k-hat
+            is large.
         verdict: What follows, in a sentence.
         log_weights: Pareto-smoothed, normalised, shape ``(N,)``.
         draws: The guide's draws by site, each ``(N, *site_shape)``.

@@ -111,8 +111,9 @@ class RoundsResult(NamedTuple):
             misses part of a tail.
         ess: The effective sample size of ``draws`` fresh draws.
         log_evidence: :math:`\log \int p`, an estimate.
-        log_evidence_stderr: Its standard error, of chance and of the flow's solver, whose part is
-            what doubling its steps changes; too small where k-hat is large.
+        log_evidence_stderr: Its standard error, of chance, of the rounding of densities and of
+            the flow's solver, whose part is what doubling its steps changes; too small where k-hat
+            is large.
         draws: The number of fresh draws these come from.
         particles: The particles at the end, draws of the target, shape ``(N, D)``.
         rounds: The history.
