@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .._package import check_sizes
 from .._torch import broadcast_shapes, is_watched
 from .record import MLPRecord, Record, by_row, is_recordable
-from .velocity import StateFunction, is_hooked, location_and_scale
+from .velocity import StateFunction, affine, is_product, location_and_scale
 
 _EMBEDDING_WIDTH = 64
 _MAX_DEEP_DIM = 32  # up to this D three layers: a trace takes D products of matrices with each
@@ -186,6 +186,10 @@ class VelocityMLP(nn.Module):
             new.get_buffer(name).copy_(value)
         return new
 
+    def has_other_layers(self) -> bool:
+        """Return whether a layer is not, or not only, the product with its weight."""
+        return not all(is_product(layer) for layer in (*self.layers, self.output))
+
     def rows_at_once(self) -> int:
         """Return the number of rows for which one call is fastest, without gradients."""
         deep = self.event_dim if len(self.hidden_dims) > 2 else 1
@@ -337,7 +341,7 @@ class VelocityMLP(nn.Module):
         h, plain = inputs, not is_watched()
         parts = zip(self.layers, modulation.shifts[:-1], modulation.scales, strict=True)
         for i, (layer, shift, scale) in enumerate(parts):
-            z, is_residual = _affine(layer, h, shift), self._is_residual(i)
+            z, is_residual = affine(layer, h, shift), self._is_residual(i)
             if plain:  # fewer passes over memory
                 if slopes is not None:
                     slopes.append(torch.ops.aten.silu_backward(scale.expand_as(z), z))
@@ -351,9 +355,14 @@ class VelocityMLP(nn.Module):
                 s = z * sigmoid
                 slopes.append((sigmoid + s - s * sigmoid) * scale)
             h = h + s * scale if is_residual else s * scale
-        return _affine(self.output, h, modulation.shifts[-1])
+        return affine(self.output, h, modulation.shifts[-1])
 
     def _weights(self) -> list[Tensor]:
+        if self.has_other_layers():
+            raise ValueError(
+                "expected layers without biases, adapters and hooks for a divergence in closed "
+                "form: a flow computes that of any"
+            )
         return [cast(nn.Linear, layer).weight for layer in self.layers]
 
     def _is_residual(self, i: int) -> bool:
@@ -401,16 +410,6 @@ class VelocityMLP(nn.Module):
             else:
                 tangents = slope * through
         return tangents.flatten(-2) @ self.output.weight.flatten()
-
-
-def _affine(layer: nn.Module, x: Tensor, shift: Tensor) -> Tensor:
-    """Return ``W x + b`` in one fused call where the shift is shared by all rows."""
-    if is_hooked(layer):
-        return layer(x) + shift
-    weight = cast(nn.Linear, layer).weight
-    if shift.dim() == 1:
-        return nn.functional.linear(x, weight, shift)
-    return nn.functional.linear(x, weight) + shift
 
 
 def untrained_like(

@@ -29,6 +29,8 @@ is optional, and used where it is there:
 - ``time_exponent``: p, where training from N(0, I) takes times :math:`1 - (1 - u)^p`, u uniform
   on [0, 1]; without it 1.
 - ``is_periodic``: whether it has period :math:`2\pi` in every coordinate.
+- ``has_other_layers()``: whether layers were put in place of its own for which the methods above,
+  by which it stands in for its ``forward``, do not hold; without it False.
 - ``arguments()``: the arguments of its constructor, for files; only for networks of this package.
 
 No other module looks these up.
@@ -38,7 +40,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +61,35 @@ def is_hooked(module: nn.Module) -> bool:
     """Return whether a call of a module is more than the ``forward`` of its class.
 
     Such are calls with hooks before or after it, by which weights are pruned or normalised too,
-    and those of a ``forward`` that was set on the object.
+    those with hooks of the backward pass, and those of a ``forward`` that was set on the object.
     """
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
+def is_product(layer: nn.Module) -> bool:
+    """Return whether a layer is the product with its weight, and a call of it nothing else.
+
+    It is not where it adds a bias, or a subclass or wrapper an adapter's product of low rank.
+    """
+    is_linear = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    return is_linear and layer.bias is None and not is_hooked(layer)
+
+
+def affine(layer: nn.Module, x: Tensor, shift: Tensor) -> Tensor:
+    """Return ``W x + b`` in one fused call where the shift is shared by all rows.
+
+    Args:
+        layer: The product with W, or what was put in its place, which is called.
+        x: Inputs, shape ``(*, K)``.
+        shift: b, broadcastable to the outputs.
+    """
+    if not is_product(layer):
+        return layer(x) + shift
+    weight = cast(nn.Linear, layer).weight
+    if shift.dim() == 1:
+        return nn.functional.linear(x, weight, shift)
+    return nn.functional.linear(x, weight) + shift
 
 
 def check_velocity(velocity: nn.Module) -> None:
@@ -335,8 +363,9 @@ def _is_shared(context: Tensor | None) -> bool:
 def own_method(module: nn.Module, name: str, *stands_for: str) -> Callable[..., Any] | None:
     """Return an optional method of a module, or None where there is none, or it is out of date.
 
-    It is out of date where a subclass overrides a method that it stands for, but not itself, and
-    where a call of the module or of a part of it is more than its ``forward``.
+    It is out of date where a subclass overrides a method that it stands for, but not itself,
+    where a call of the module or of a part of it is more than its ``forward``, and where layers
+    were put in place of its own.
 
     Args:
         module: A velocity, or an embedding.
@@ -348,9 +377,14 @@ def own_method(module: nn.Module, name: str, *stands_for: str) -> Callable[..., 
     )
     if has is None or any(r is not None and not issubclass(has, r) for r in replaced):
         return None
-    if any(is_hooked(part) for part in module.modules()):
+    if any(is_hooked(part) or _has_other_layers(part) for part in module.modules()):
         return None
     return getattr(module, name)
+
+
+def _has_other_layers(module: nn.Module) -> bool:
+    own = getattr(module, "has_other_layers", None)
+    return own is not None and own()
 
 
 def copied(network: nn.Module) -> nn.Module:

@@ -244,7 +244,8 @@ def state_of(network: nn.Module) -> tuple[list[Tensor], Hashable]:
     for module in network.modules():
         own = (*module._parameters.values(), *module._buffers.values())
         tensors += [tensor for tensor in own if tensor is not None]
-        hooks = *module._forward_hooks, *module._forward_pre_hooks  # numbers that no two share
+        forward = *module._forward_hooks, *module._forward_pre_hooks  # numbers that no two share
+        hooks = *forward, *module._backward_hooks, *module._backward_pre_hooks
         rest += [type(module), module.training, hooks]
         for name, value in vars(module).items():
             if name not in _PARTS_OF_MODULES:

@@ -322,6 +322,10 @@ def double(module, given, out):
     return 2 * out
 
 
+def triple(module, given, out):
+    return tuple(None if g is None else 3 * g for g in given)
+
+
 def results(velocity, x):
     """Images, log-determinants, and the gradient in x of both, of a frozen flow."""
     flow = InterpolantTransform(velocity, 2, solver=FixedGrid(steps=4))
@@ -339,6 +343,9 @@ HOOKS = {
     "after": lambda v: v.register_forward_hook(double),
     "before": lambda v: v.register_forward_pre_hook(lambda _, given: (0 * given[0], *given[1:])),
     "of a part": lambda v: v.embedding.register_forward_hook(double),
+    "backward": lambda v: v.register_full_backward_hook(triple),
+    "backward, before": lambda v: v.register_full_backward_pre_hook(lambda _, out: (3 * out[0],)),
+    "backward, of a layer": lambda v: v.layers[0].register_full_backward_hook(triple),
     "own forward": lambda v: setattr(v, "forward", lambda t, x, context=None: -x),
 }
 
@@ -379,3 +386,69 @@ def test_weights_that_are_computed_from_others_follow_them(how, name):
     with torch.no_grad():
         plain.get_submodule(name).weight.copy_(layer(torch.eye(8)).T)
     torch.testing.assert_close(found, results(plain, x))
+
+
+class Adapter(nn.Module):
+    """What adds a product of low rank to a layer, whose weight it shows."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Linear(layer.in_features, 1, bias=False)
+        self.up = nn.Linear(1, layer.out_features, bias=False)
+
+    @property
+    def weight(self):
+        return self.layer.weight
+
+    def merged(self):
+        return self.layer.weight + self.up.weight @ self.down.weight
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+
+class HiddenAdapter(Adapter):
+    weight = None
+
+
+class OwnLinear(nn.Linear):
+    """A linear layer with a forward of its own."""
+
+    def __init__(self, layer):
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.weight = layer.weight
+
+    def merged(self):
+        return self.weight + 0.1
+
+    def forward(self, x):
+        return super().forward(x) + 0.1 * x.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("kind", [Adapter, HiddenAdapter, OwnLinear])
+def test_layers_in_place_of_others_count(kind, number):
+    """The last is the output."""
+    velocity, x = random_flow(2, (8, 8)).velocity, torch.randn(3, 2)
+    plain = copy.deepcopy(velocity)
+    layer = kind(velocity.layers[1] if number == 1 else velocity.output)
+    with torch.no_grad():
+        [*plain.layers, plain.output][number].weight.copy_(layer.merged())
+    if number == 1:
+        velocity.layers[1] = layer
+    else:
+        velocity.output = layer
+    torch.testing.assert_close(results(velocity, x), results(plain, x))
+    with pytest.raises(ValueError, match="without biases, adapters and hooks"):
+        velocity.forward_and_divergence(torch.tensor(0.5), x)
+
+
+def test_a_layer_with_a_bias_counts():
+    velocity, x = random_flow(2, (8, 8)).velocity, torch.randn(3, 2)
+    plain = copy.deepcopy(velocity)
+    velocity.output = nn.Linear(8, 2)
+    velocity.output.weight = plain.output.weight
+    with torch.no_grad():
+        plain.shifts.bias[-2:] += velocity.output.bias
+    torch.testing.assert_close(results(velocity, x), results(plain, x))
