@@ -19,7 +19,8 @@ from torch.distributions import Transform, biject_to, constraints, transform_to
 from .._torch import is_functional, is_tracing
 from ..interpolants.linear import Interpolant
 from ..interpolants.nonlinear import Geodesic, wrap
-from ..nn.mlp import TorusMLP, VelocityMLP
+from ..nn.mlp import VelocityMLP
+from ..nn.torus import TorusMLP
 from ..nn.velocity import embedded, evaluate, may_be_periodic
 from ..transforms.bijections import Cached
 from ..transforms.flow import Flow

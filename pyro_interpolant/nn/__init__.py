@@ -1,9 +1,9 @@
 r"""The velocity: networks :math:`v_t(x \mid c)`, from a time, states and contexts to rates.
 
 ``velocity`` is the protocol: what any ``nn.Module`` must offer to be one, and what it may;
-``mlp`` has the default network, whose divergence is exact at about twice its own price, and its
-member on the torus. ``embedded`` has the velocity given data, which ``embedding`` embeds once;
-``unet`` has velocities of images.
+``mlp`` has the default network, whose divergence is exact at about twice its own price, and
+``torus`` its member for angles. ``embedded`` has the velocity given data, which ``embedding``
+embeds once; ``unet`` has velocities of images.
 
 To add a network, write a module with ``forward(t, x, context=None)``; all else is optional.
 """
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .embedded import *
     from .embedding import *
     from .mlp import *
+    from .torus import *
     from .unet import *
 
 __all__, __getattr__, __dir__ = attach(
@@ -23,7 +24,8 @@ __all__, __getattr__, __dir__ = attach(
     {
         "embedded": ["EmbeddedVelocity"],
         "embedding": ["SeriesEmbedding", "SetEmbedding"],
-        "mlp": ["TorusMLP", "VelocityMLP"],
+        "mlp": ["VelocityMLP"],
+        "torus": ["TorusMLP"],
         "unet": ["ImageVelocity", "UNet"],
     },
 )

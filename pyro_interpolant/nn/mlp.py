@@ -1,12 +1,11 @@
-r"""Multilayer perceptrons :math:`v_t(x \mid c)` whose divergence is exact and cheap.
+r"""A multilayer perceptron :math:`v_t(x \mid c)` whose divergence is exact and cheap.
 
 With two hidden layers, :math:`v = W_3 s(W_2 s(W_1 x + b_1) + b_2) + b_3` has
 
 .. math:: \nabla \cdot v = d_2^T (W_2 \odot (W_1 W_3)^T) d_1, \quad d_i = s'(z_i),
 
 at about twice the price of v itself, for any D; more layers carry D tangents forward.
-:class:`VelocityMLP` is the default network on :math:`\mathbb R^D`. :class:`TorusMLP` is the same
-network fed with :math:`\cos k x_i, \sin k x_i`, so that it has period :math:`2\pi`.
+:class:`VelocityMLP` is the default network on :math:`\mathbb R^D`.
 """
 
 import math
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from .._package import check_sizes
 from .._torch import broadcast_shapes, is_watched
 from .record import MLPRecord, Record, by_row, is_recordable
-from .velocity import StateFunction, affine, is_product, location_and_scale
+from .velocity import StateFunction, is_product, location_and_scale
 
 _EMBEDDING_WIDTH = 64
 _MAX_DEEP_DIM = 32  # up to this D three layers: a trace takes D products of matrices with each
@@ -40,20 +39,23 @@ _BASE_REACH = 5.0  # standard deviations, which draws of N(0, I) hardly leave
 
 
 class Modulation(NamedTuple):
-    """Shifts and scales of the layers, as functions of time and context.
+    """The layers, with their shifts and scales as functions of time and context.
 
     Attributes:
+        products: The weights of all layers, the output's last, or what was put in place of one.
         shifts: Added before each activation, and to the output, each ``(*, width)``.
         scales: Factors of the activations, each ``(*, width)``.
     """
 
+    products: list[Tensor | nn.Module]
     shifts: tuple[Tensor, ...]
     scales: tuple[Tensor, ...]
 
     def unbind(self) -> "list[Modulation]":
         """Return one modulation per entry of the first dimension."""
         times = zip(*(part.unbind() for part in (*self.shifts, *self.scales)), strict=True)
-        return [Modulation(s[: len(self.shifts)], s[len(self.shifts) :]) for s in times]
+        count = len(self.shifts)
+        return [Modulation(self.products, s[:count], s[count:]) for s in times]
 
 
 Trace = Callable[[Tensor, list[Tensor]], Tensor]  # of the first layer's inputs, and all slopes
@@ -180,8 +182,11 @@ class VelocityMLP(nn.Module):
 
     def untrained_copy(self) -> "VelocityMLP":
         """Return an untrained network of the same shape and scales."""
-        kind = TorusMLP if self.is_periodic else VelocityMLP
-        new = kind(*self.arguments()).to(self.reach)
+        return self._with_scales(VelocityMLP(*self.arguments()))
+
+    def _with_scales(self, new: "VelocityMLP") -> "VelocityMLP":
+        """Return a network with the scales of this one."""
+        new = new.to(self.reach)
         for name, value in self.named_buffers():
             new.get_buffer(name).copy_(value)
         return new
@@ -241,7 +246,10 @@ class VelocityMLP(nn.Module):
         if batch and broadcast_shapes(batch, x.shape[:-1]) != x.shape[:-1]:
             return None
         modulation = self._modulation(times.reshape(-1, *(1,) * len(batch)), context)
-        shifts, scales = ([by_row(p, x.shape[:-1]) for p in parts] for parts in modulation)
+        shifts, scales = (
+            [by_row(p, x.shape[:-1]) for p in parts]
+            for parts in (modulation.shifts, modulation.scales)
+        )
         residual = [self._is_residual(i) for i in range(len(self.hidden_dims))]
         weights = [*self._weights(), self.output.weight]
         return MLPRecord(weights, shifts, scales, residual, self._inverse_reach())
@@ -317,7 +325,12 @@ class VelocityMLP(nn.Module):
             )
         embedded = nn.functional.silu(self.embedding(features))
         shifts = self.shifts(embedded).split((*self.hidden_dims, self.event_dim), dim=-1)
-        return Modulation(shifts, self.scales(embedded).split(self.hidden_dims, dim=-1))
+        # Looked up here, once for all times, and not in each evaluation.
+        layers = cast("list[nn.Linear]", [*self.layers, self.output])
+        products: list[Tensor | nn.Module] = [
+            layer.weight if is_product(layer) else layer for layer in layers
+        ]
+        return Modulation(products, shifts, self.scales(embedded).split(self.hidden_dims, dim=-1))
 
     def _features(self, t: Tensor) -> Tensor:
         k = torch.arange(self.frequencies, dtype=t.dtype, device=t.device)
@@ -339,9 +352,10 @@ class VelocityMLP(nn.Module):
     ) -> Tensor:
         """Return the last layer, and append those of the scaled activations to ``slopes``."""
         h, plain = inputs, not is_watched()
-        parts = zip(self.layers, modulation.shifts[:-1], modulation.scales, strict=True)
-        for i, (layer, shift, scale) in enumerate(parts):
-            z, is_residual = affine(layer, h, shift), self._is_residual(i)
+        *products, last = modulation.products
+        parts = zip(products, modulation.shifts[:-1], modulation.scales, strict=True)
+        for i, (product, shift, scale) in enumerate(parts):
+            z, is_residual = _affine(product, h, shift), self._is_residual(i)
             if plain:  # fewer passes over memory
                 if slopes is not None:
                     slopes.append(torch.ops.aten.silu_backward(scale.expand_as(z), z))
@@ -355,7 +369,7 @@ class VelocityMLP(nn.Module):
                 s = z * sigmoid
                 slopes.append((sigmoid + s - s * sigmoid) * scale)
             h = h + s * scale if is_residual else s * scale
-        return affine(self.output, h, modulation.shifts[-1])
+        return _affine(last, h, modulation.shifts[-1])
 
     def _weights(self) -> list[Tensor]:
         if self.has_other_layers():
@@ -412,6 +426,21 @@ class VelocityMLP(nn.Module):
         return tangents.flatten(-2) @ self.output.weight.flatten()
 
 
+def _affine(product: Tensor | nn.Module, x: Tensor, shift: Tensor) -> Tensor:
+    """Return ``W x + b`` in one fused call where the shift is shared by all rows.
+
+    Args:
+        product: W, or what was put in its place, which is called.
+        x: Inputs, shape ``(*, K)``.
+        shift: b, broadcastable to the outputs.
+    """
+    if isinstance(product, nn.Module):
+        return product(x) + shift
+    if shift.dim() == 1:
+        return nn.functional.linear(x, product, shift)
+    return nn.functional.linear(x, product) + shift
+
+
 def untrained_like(
     velocity: nn.Module, event_dim: int, context_dim: int, classes: int
 ) -> nn.Module:
@@ -430,67 +459,3 @@ def untrained_like(
 def sharpness(event_dim: int) -> float:
     """Return the size of the first layer's weights at the start, over what torch gives them."""
     return _SHARPNESS if _LEAST_SHARP_DIM <= event_dim <= _MAX_SHARP_DIM else 1.0
-
-
-_HARMONICS = 2  # multiples of an angle that are seen: on von Mises mixtures 1 needs more steps
-
-
-class TorusMLP(VelocityMLP):
-    r"""A velocity on the torus: :class:`VelocityMLP` fed with cosines and sines of the angles.
-
-    Of every angle :math:`x_i` the first layer sees :math:`\cos x_i, \sin x_i, \cos 2 x_i, \sin 2
-    x_i`, so v has period :math:`2\pi` in every coordinate, and is smooth where angles meet. Its
-    exact divergence carries the D tangents forward through all layers in one batch. There is no
-    gate: the torus has no far away.
-
-    Args:
-        event_dim: D, the number of angles.
-        hidden_dims: As in :class:`VelocityMLP`.
-        context_dim: C, the size of the last dimension of the context; 0 for none.
-        classes: As in :class:`VelocityMLP`.
-
-    Raises:
-        ValueError: If a size is not positive.
-
-    Example:
-        >>> velocity = TorusMLP(2, (32, 32))
-        >>> flow = InterpolantTransform(velocity, interpolant=Geodesic())
-        >>> angles = InterpolantDistribution(flow, UniformTorus(2), support=circular)
-        >>> x = angles.sample((10,))
-        >>> bool((x.abs() <= torch.pi).all()), angles.log_prob(x).shape
-        (True, torch.Size([10]))
-    """
-
-    is_periodic = True
-
-    def __init__(
-        self,
-        event_dim: int,
-        hidden_dims: Sequence[int] | None = None,
-        context_dim: int = 0,
-        classes: int = 0,
-    ) -> None:
-        super().__init__(event_dim, hidden_dims, context_dim, classes)
-        self.layers[0] = nn.Linear(2 * _HARMONICS * event_dim, self.hidden_dims[0], bias=False)
-
-    def set_scales(self, w: Tensor, context: Tensor | None = None) -> None:
-        """Set the scale of contexts, shape ``(N, C)``, of angles, ``(N, D)``; there is no gate."""
-        super().set_scales(w, context)
-        self.reach.fill_(math.inf)
-
-    def _inputs(self, x: Tensor) -> Tensor:
-        """Return cosine and sine of angles, then of their multiples, shape ``(*, 2 K D)``."""
-        multiples = [k * x for k in range(1, _HARMONICS + 1)]
-        return torch.cat([s for kx in multiples for s in (kx.cos(), kx.sin())], dim=-1)
-
-    def _tracer(self) -> Trace:
-        by_wave = (_HARMONICS, 2, self.event_dim)  # which multiple, cosine or sine, of which angle
-        first = self._weights()[0].T.unflatten(0, by_wave)
-        k = torch.arange(1, _HARMONICS + 1, device=first.device)[:, None, None]
-
-        def trace(circles: Tensor, slopes: list[Tensor]) -> Tensor:
-            cos, sin = circles.unflatten(-1, by_wave).unbind(-2)
-            turned = k * torch.stack((-sin, cos), dim=-2)  # d circles / d x
-            return self._deep_trace(slopes, torch.einsum("...kcd,kcdh->...dh", turned, first))
-
-        return trace

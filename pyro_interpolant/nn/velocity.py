@@ -40,7 +40,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,22 +74,6 @@ def is_product(layer: nn.Module) -> bool:
     """
     is_linear = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
     return is_linear and layer.bias is None and not is_hooked(layer)
-
-
-def affine(layer: nn.Module, x: Tensor, shift: Tensor) -> Tensor:
-    """Return ``W x + b`` in one fused call where the shift is shared by all rows.
-
-    Args:
-        layer: The product with W, or what was put in its place, which is called.
-        x: Inputs, shape ``(*, K)``.
-        shift: b, broadcastable to the outputs.
-    """
-    if not is_product(layer):
-        return layer(x) + shift
-    weight = cast(nn.Linear, layer).weight
-    if shift.dim() == 1:
-        return nn.functional.linear(x, weight, shift)
-    return nn.functional.linear(x, weight) + shift
 
 
 def check_velocity(velocity: nn.Module) -> None:

@@ -58,7 +58,7 @@ def test_a_residual_network_is_not_the_plain_one():
     velocity = network((16, 16, 16))
     x, t = torch.randn(3), torch.tensor(0.3)
     silu, w = nn.functional.silu, [layer.weight for layer in velocity.layers]
-    b, a = velocity._modulation(t, None)
+    _, b, a = velocity._modulation(t, None)
     h = a[0] * silu(w[0] @ x + b[0])
     h = h + a[1] * silu(w[1] @ h + b[1])
     h = h + a[2] * silu(w[2] @ h + b[2])
