@@ -443,7 +443,7 @@ def fit_guide(
             mass, so that its posterior stays right. By default once, for all data.
         max_seconds: The time to spend in all, from the call to the verdict; it takes up to 5% and
             5 s more, or one step or one solve where those are longer, or what 100 evaluations of
-            the model take for a verdict, and a few thousand of them for training on it alone.
+            the model take for a verdict, and, for training on it alone, what a warning says.
         seed: Makes the run reproducible as far as the clock allows; the global generator is left
             as it was.
         progress: Whether to show a bar.

@@ -125,9 +125,10 @@ def pathfinder(density: LogDensity, wide: StudentTMixture, *, seconds: float) ->
         Zhang, Carpenter, Gelman & Vehtari, *Pathfinder*, JMLR 2022, arXiv 2108.03782; Dauphin et
         al., arXiv 1406.2572 (saddle-free).
     """
+    began = time.monotonic()
+    density.tune(wide.sample(2 * max(_SCOUTS)))  # whose cost is looked at afterwards, too
     if wide.loc.shape[1] > _MAX_DIM:
         return wide
-    began = time.monotonic()
     x = _scouts(density, wide, 0.3 * seconds)
     count = _affordable(density, wide, 0.5 * seconds)
     if not count:
@@ -160,7 +161,6 @@ def pathfinder(density: LogDensity, wide: StudentTMixture, *, seconds: float) ->
 
 def _scouts(density: LogDensity, wide: StudentTMixture, seconds: float) -> Tensor:
     """Return rows from the wide start and from all along its path to the density."""
-    density.tune(wide.sample(2 * max(_SCOUTS)))
     least, most = _SCOUTS
     affordable = seconds / (_GRADIENTS_PER_SCOUT * density.seconds)
     count, until = int(max(least, min(most, affordable))), time.monotonic() + seconds

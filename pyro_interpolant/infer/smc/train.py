@@ -161,10 +161,17 @@ def _find_particles(
     wanted = min(_WANTED_PARTICLES, _THEIR_SHARE * in_all)
     least = _PARTICLES_PER_DIM * wide.loc.shape[1]
     count = int(max(least, min(draws, max(_LEAST_PARTICLES, affordable, wanted))))
-    deadline = clock.began + _TEMPERED * clock.limit
+    deadline, until = clock.began + _TEMPERED * clock.limit, _end_of_way(density, count, clock)
     x, start = mixture.sample(count), LogDensity(mixture.log_prob)
     for level in tempered_smc(x, start, density, kernel, deadline=deadline):
         show(clock.spent() / clock.limit, f"tempering: {level.exponent:.3g}")
+        if level.exponent < 1 and time.monotonic() > until:
+            warn_user(
+                f"the time, {duration(clock.limit)}, was too short for particles to reach the "
+                f"target: they are {level.exponent:.2g} of the way, and wider than it is. Give a "
+                "max_seconds some times as long, or a start nearer to it"
+            )
+            break
     particles = level.particles
     kernel.adapt_metric(particles.x)
     pools = [particles.x]
@@ -174,6 +181,23 @@ def _find_particles(
         if i % every == every - 1:
             pools.append(particles.x)
     return particles, kernel, pools
+
+
+def _end_of_way(density: LogDensity, count: int, clock: Clock) -> float:
+    """Return when particles must be at the target, by :func:`time.monotonic`.
+
+    With a warning where the fewest gradients take them so long that a run cannot keep its time.
+    """
+    least = _GRADIENTS_PER_PARTICLE * count
+    seconds = least * density.seconds
+    if seconds > _THEIR_SHARE * clock.limit:  # of the fewest particles alone, by their choice
+        warn_user(
+            f"the time, {duration(clock.limit)}, is too short for this density: a row of it "
+            f"takes {1e3 * density.seconds:.3g} ms, and {least:,} rows, the fewest for {count} "
+            f"particles on their way to it, {duration(seconds)}. Give max_seconds="
+            f"{math.ceil(seconds / _TEMPERED)}, or a density that is faster for many rows at once"
+        )
+    return max(clock.moment(1.0), time.monotonic() + seconds)
 
 
 class Jump(NamedTuple):
@@ -408,7 +432,9 @@ def train_from_density(
             centre, shape ``(D,)``; or a distribution of event shape ``(D,)``. It should be wider
             than the target. By default a Student-t of scale 4 around 0.
         max_seconds: The time to spend, unless nothing improves any more; it takes up to 5% and 5 s
-            more, or what a few thousand evaluations of the density take, where that is longer.
+            more, or, with a warning before particles are moved, what some 60 evaluations for each
+            of the fewest take, 100 and 3 for each dimension. Where particles do not come to the
+            target in time, a warning says so, and the flow is of where they are.
         draws: The number of particles; fewer where the density is slow, but at least 3 for each
             dimension.
         steps: The most regression steps in a round, which goes through its rows 20 times at most.

@@ -320,8 +320,9 @@ def test_the_search_does_not_end_at_a_mode_without_mass():
 
 
 def test_many_dimensions_start_wide_alone():
-    start = wide(70)
-    assert pathfinder(LogDensity(lambda x: -x.square().sum(-1)), start, seconds=1.0) is start
+    start, density = wide(70), LogDensity(lambda x: -x.square().sum(-1))
+    assert pathfinder(density, start, seconds=1.0) is start
+    assert density.seconds > 0  # by which the particles are counted
 
 
 def test_without_a_density_to_climb_the_start_is_what_is_left():
@@ -629,10 +630,36 @@ def test_a_slow_density_without_time_is_asked_as_little_as_can_be(monkeypatch):
     monkeypatch.setattr(train, "clocked", lambda seconds, fewest, most: range(fewest))
     late = Clock(1.0)
     late.began -= 100.0
-    with pytest.warns(UserWarning, match="no time was left to calibrate the solver"):
+    least = "4,000 rows, the fewest for 100 particles .* 66.7 min. Give max_seconds=16000"
+    with (
+        pytest.warns(UserWarning, match="no time was left to calibrate the solver"),
+        pytest.warns(UserWarning, match=least),
+    ):
         result = quick(flow, slow, max_seconds=late, steps=10, rounds=None, draws=4000)
     assert (len(result.particles), result.draws) == (100, 100)
     assert sum(rows) < 3000
+
+
+def test_tempering_ends_with_the_time_and_says_how_far_it_came(monkeypatch):
+    target, rows = dist.Normal(torch.full((20,), 10.0), 1e-3).to_event(1), []
+
+    def far(x):
+        rows.append(len(x))
+        return target.log_prob(x)
+
+    monkeypatch.setattr(train, "pathfinder", lambda density, start, seconds: start)
+    monkeypatch.setattr(train, "clocked", lambda seconds, fewest, most: range(fewest))
+    late = Clock(1.0)
+    late.began -= 100.0
+    with (
+        torch.no_grad(),
+        pytest.warns(UserWarning, match="time, 1 s, was too short .* they are 0 of the way"),
+    ):
+        found, kernel, _ = train._find_particles(
+            LogDensity(far), wide(20), 100, late, lambda *_: None
+        )
+    assert found.x.shape == (100, 20)
+    assert sum(rows) <= 100 * (1 + kernel.leaps)  # and one move
 
 
 def test_few_particles_are_more_than_there_are_dimensions():
