@@ -237,7 +237,7 @@ def _importance_of_data_sets(
         data = {name: value[i] for name, value in fresh.data.items()}
         try:
             density = LogJoint(sites, poutine.condition(sites.model, data), rows[i : i + 1])
-            drawn = importance_of(view, density, _JUDGED_DRAWS)
+            drawn = importance_of(view, density, _JUDGED_DRAWS, clock.deadline())
         except NoDensityError:
             return [], NO_DENSITY
         except (ValueError, RuntimeError) as error:
@@ -246,7 +246,7 @@ def _importance_of_data_sets(
         else:
             summary = drawn.summary()
             edges = edges or at_edges(view.log_prob, density, drawn.x, summary.log_evidence)
-            found.append((summary.k_hat, summary.ess / _JUDGED_DRAWS, summary.log_evidence))
+            found.append((summary.k_hat, summary.ess / len(drawn.x), summary.log_evidence))
         if time.monotonic() > clock.deadline():
             break
     if edges:

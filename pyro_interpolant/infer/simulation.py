@@ -50,6 +50,8 @@ _PROBES = 3  # simulations on which a plate is compared with single runs
 _FIRST, _TRIED = 16, 256
 _VALUES_AT_ONCE = 2**22  # of all sites together
 _CALL = 16  # simulations, one by one, in one call, whatever the number of processes
+# Of the time left, for each call of many that take longer; and seconds, left however late it is.
+_CALL_SHARE, _LEAST_LEFT = 0.1, 1.0
 
 Batching = Literal["plate", "vmap", "loop"]
 
@@ -84,6 +86,7 @@ class Simulator:
         self.kept: dict[str, Tensor] = {}  # log densities of observed sites that keep their values
         # Until they are known, by runs that are checked by them.
         self.shapes, self.early, self.nesting = {}, {}, 0
+        self.seconds = 0.0  # of one simulation among many
         try:
             nodes = self._run()
         except NotImplementedError as error:
@@ -133,7 +136,7 @@ class Simulator:
         Raises:
             ValueError: If none is finite.
         """
-        calls = self._calls(count, given)
+        calls = self._calls(count, given, deadline)
         drawn: Iterable[Simulations] = (self._drawn(*call) for call in calls)
         if self.num_workers > 0 and self.batching == "loop":
             drawn = called_in_workers(self._drawn, calls, self.num_workers)
@@ -245,7 +248,9 @@ class Simulator:
             if self._repeats() is not True or state_of_others() != before:
                 return "loop"  # numbers that torch does not draw would be drawn once for all
             with contextlib.suppress(Exception):  # whatever a model does with shapes
-                found = self._drawn(max(_PROBES, min(_TRIED, self.rows)), "plate")
+                count, began = max(_PROBES, min(_TRIED, self.rows)), time.monotonic()
+                found = self._drawn(count, "plate")
+                self.seconds = (time.monotonic() - began) / count
                 if self._agrees(found.take(all_of(self.proper(found)))):
                     return "plate"
         return self._without_plate()
@@ -253,7 +258,9 @@ class Simulator:
     def _without_plate(self) -> Batching:
         """Return the first way but a plate that works."""
         with attempts(), contextlib.suppress(Exception):
-            if bool(all_of(self.proper(self._drawn(_PROBES, "vmap"))).any()):
+            began, found = time.monotonic(), self._drawn(_PROBES, "vmap")
+            self.seconds = (time.monotonic() - began) / _PROBES
+            if bool(all_of(self.proper(found)).any()):
                 return "vmap"
         return "loop"
 
@@ -334,15 +341,21 @@ class Simulator:
         return Simulations.joined([self._drawn(*call) for call in self._calls(count, values)])
 
     def _calls(
-        self, count: int, given: Mapping[str, Tensor] | None
+        self, count: int, given: Mapping[str, Tensor] | None, deadline: float = math.inf
     ) -> list[tuple[int, Batching, dict[str, Tensor]]]:
         """Return the arguments of calls that make so many simulations, as many as go at once each.
+
+        Fewer where these would take longer than until the deadline.
 
         Args:
             count: How many, N.
             given: Values of sites, each ``(N, *site_shape)``, that are not drawn then, or None.
+            deadline: When to be content with those that are there, by :func:`time.monotonic`.
         """
         size, known = _CALL if self.batching == "loop" else self.rows, given or {}
+        left = max(_LEAST_LEFT, deadline - time.monotonic())
+        if self.seconds * min(size, count) > left:
+            size = max(_CALL, int(_CALL_SHARE * left / self.seconds))
         return [
             (min(size, count - i), self.batching, {k: v[i : i + size] for k, v in known.items()})
             for i in range(0, count, size)

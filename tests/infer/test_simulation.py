@@ -749,6 +749,38 @@ def test_the_gain_is_known_where_the_density_of_the_prior_is(is_told):
         assert posterior.report.reference == (-2.0 if is_told and not lost else None)
 
 
+def test_many_slow_simulations_at_once_mind_the_clock():
+    simulator, late = simulator_of(line, torch.ones(3)), time.monotonic()
+    assert simulator.batching == "plate"
+    assert 0 < simulator.seconds < 1e-3
+    for seconds, count in ((1e-6, 2000), (0.001, 100), (0.02, 16)):  # a second, however late
+        simulator.seconds = seconds
+        assert len(simulator(2000, deadline=late).log_prior) == count
+
+
+def test_draws_that_judge_a_data_set_mind_the_clock(monkeypatch):
+    asked = []
+
+    def weighed(view, density, count, deadline):
+        asked.append(deadline)
+        return WeightedDraws(torch.zeros(100, 1), torch.zeros(100), 0.0, 0.0)
+
+    monkeypatch.setattr(amortization, "LogJoint", lambda *args: None)
+    monkeypatch.setattr(amortization, "importance_of", weighed)
+    monkeypatch.setattr(amortization, "at_edges", lambda *args: "")
+    view, clock = SimpleNamespace(log_prob=None), Clock(1.0)
+    clock.began -= 100.0
+    found, _ = amortization._importance_of_data_sets(
+        SimpleNamespace(given=lambda c: view),
+        Simulations({}, {}, torch.zeros(2), 0),
+        (torch.zeros(2, 1),) * 2,
+        SimpleNamespace(model=lambda: None),
+        clock,
+    )
+    assert asked == [clock.deadline()]
+    assert [share for _, share, _ in found] == pytest.approx([1.0])
+
+
 def test_evidence_that_is_off_at_an_edge_is_told_of_a_data_set(monkeypatch):
     drawn = WeightedDraws(torch.zeros(1000, 1), torch.zeros(1000), 0.0, 0.0)
     for name, fake in (
