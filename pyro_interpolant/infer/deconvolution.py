@@ -23,6 +23,7 @@ References:
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ _MOST_COMPONENTS = 32  # that are split, beside the wide one
 _WIDE, _WIDE_SHARE = 2.0, 0.05  # of the wide one, to begin with: standard deviations, its share
 _LAST_ITERATIONS = 25  # on all rows
 _JITTER = 1e-9  # of standardised variances
+_NARROW, _MOST_SCALES = 1e-4, 4  # standard deviations of latents, below which units are finer
 _VALUES_AT_ONCE = 2**18  # of the matrices of a chunk of rows
 _COLUMNS_APART = 16  # up to which products of matrices go column by column
 # Of a mixture that is cut off at the edges of a support. After 0, 5, 20 and 60 of them, 0.0065,
@@ -74,21 +76,50 @@ def gaussian_latents(
     known = precisions.diagonal(dim1=-2, dim2=-1) > 0
     mean = y.where(known, 0.0).sum(0) / known.sum(0)
     scale = ((y - mean).square().where(known, 0.0).sum(0) / known.sum(0)).sqrt()
-    scale = scale.where(scale > 0, 1.0)
-    rows = (y - mean).where(known, 0.0) / scale
-    precisions = precisions * scale * scale[:, None]
+    errors = precisions.diagonal(dim1=-2, dim2=-1).rsqrt().where(known, 0.0)
+    scale = scale.where(scale > 0, errors.sum(0) / known.sum(0))  # of a single row, its error
+    for _ in range(_MOST_SCALES):
+        found = _standard_latents(
+            (y - mean).where(known, 0.0) / scale,
+            precisions * scale * scale[:, None],
+            each,
+            deadline,
+            None if inside is None else partial(_is_inside, inside, mean, scale),
+        )
+        latents, spread = mean + scale * found, found.std((0, 1), correction=0)
+        # Errors of some rows were so large that the spread is that of the variances' least.
+        is_narrow = spread < _NARROW
+        if not bool(is_narrow.any()):
+            break
+        mean = mean.where(~is_narrow, latents.mean((0, 1)))
+        scale = scale.where(~is_narrow, scale * spread)
+    return latents
+
+
+def _is_inside(
+    inside: Callable[[Tensor], Tensor], mean: Tensor, scale: Tensor, w: Tensor
+) -> Tensor:
+    return inside(mean + scale * w)
+
+
+def _standard_latents(
+    y: Tensor,
+    precisions: Tensor,
+    each: int,
+    deadline: float,
+    inside: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """Return latents of standardised rows, as :func:`gaussian_latents` does."""
     # No error is so small that rounding makes matrices singular: each has this variance beside.
-    floored = torch.eye(len(scale)).to(precisions) + _JITTER * precisions
+    floored = torch.eye(y.shape[1]).to(precisions) + _JITTER * precisions
     precisions = torch.linalg.solve(floored, precisions)
-    mixture = _best(rows, precisions, deadline)
+    mixture = _best(y, precisions, deadline)
     if inside is not None:
-        few = torch.randperm(len(rows))[:_MOST_ROWS].to(rows.device)
+        few = torch.randperm(len(y))[:_MOST_ROWS].to(y.device)
         for _ in range(_CUT_ITERATIONS):
-            mixture = _cut_off(
-                mixture, rows[few], precisions[few], lambda w: inside(mean + scale * w)
-            )
-    parts = _chunks(rows, precisions, len(mixture.means))
-    return mean + scale * torch.cat([_drawn(mixture, *part, each) for part in parts], dim=1)
+            mixture = _cut_off(mixture, y[few], precisions[few], inside)
+    parts = _chunks(y, precisions, len(mixture.means))
+    return torch.cat([_drawn(mixture, *part, each) for part in parts], dim=1)
 
 
 def _best(y: Tensor, precisions: Tensor, deadline: float) -> _Mixture:

@@ -157,6 +157,30 @@ def test_a_column_may_be_all_but_exact():
 
 
 @pytest.mark.usefixtures("_few_components")
+def test_errors_of_some_rows_beyond_all_measure_do_no_harm():
+    """They alone make the standard deviation of y, in whose units variances have a least one."""
+    x = torch.randn(900, 2) @ torch.tensor([[1.0, 0.8], [0.0, 0.6]])
+    sds = torch.tensor([1e-6, 1.0, 1e6]).repeat(300)[:, None].expand(900, 2)
+    (found,) = gaussian_latents(x + sds * torch.randn(900, 2), torch.diag_embed(sds**-2))
+    torch.testing.assert_close(found.std(0), torch.ones(2), rtol=0.15, atol=0)
+    assert float((found - x)[::3].abs().max()) < 0.02
+
+
+@pytest.mark.usefixtures("_few_components")
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_a_column_measured_in_one_row_has_the_units_of_its_error(unit):
+    y, precisions = torch.randn(100, 2), torch.full((100, 2), 10.0)
+    precisions[1:, 1] = 0
+
+    def latents(unit):
+        torch.manual_seed(0)
+        scale = torch.tensor([1.0, unit])
+        return gaussian_latents(scale * y, torch.diag_embed(precisions / scale**2)) / scale
+
+    torch.testing.assert_close(latents(unit), latents(1.0))
+
+
+@pytest.mark.usefixtures("_few_components")
 def test_a_mixture_that_is_cut_off_has_the_moments_of_what_is_inside():
     """Fitted as if x could be anywhere, and cut off after that, it would be too far inside."""
     x = torch.randn(6000, 1).abs()
