@@ -49,7 +49,7 @@ from ..distributions.supports import BijectiveSupport
 _LEVEL = 0.99  # of the band
 _DRAWS = 100  # for each row
 _SHARED_DRAWS = 4000  # for all rows, where there is no context
-REGIONS = ("highest-density regions", "regions around random references")  # not of one column
+REGIONS = ("highest-density regions", "regions around other rows")  # not of one column
 _VALUES_AT_ONCE = 2**22  # of draws, compared with rows
 
 

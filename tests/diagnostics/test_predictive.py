@@ -80,7 +80,7 @@ def test_draws_of_the_density_itself_are_calibrated(check, support):
             (coverage, lambda x, m: m + 0.3 * (x - m), "highest-density regions are too large"),
             (sbc, lambda x, m: m + 2.5 * (x - m), "the log-density is predicted too high"),
             (sbc, lambda x, m: x - torch.tensor([0.0, 1.5]), "column 1 is predicted too high"),
-            (tarp, lambda x, m: m + 3 * (x - m), "regions around random references are"),
+            (tarp, lambda x, m: m + 3 * (x - m), "regions around other rows are"),
         ]
     ],
 )
@@ -220,7 +220,7 @@ def test_a_density_that_ignores_contexts_is_far_from_references():
     context = torch.randn(300, 2)
     x = context + torch.randn(300, 2)
     assert sbc(d, x, context).verdict.startswith("calibrated")
-    assert "regions around random references are too large" in tarp(d, x, context).verdict
+    assert "regions around other rows are too large" in tarp(d, x, context).verdict
 
 
 @pytest.mark.slow
