@@ -19,6 +19,7 @@ from ..distributions.interpolant import (
 from ..distributions.rows import as_tensor, contexts_of_rows
 from ..interpolants.linear import Interpolant, Linear
 from ..solvers.ode import FixedGrid
+from ..training.data import rows_of
 from ..training.fitting import FitResult, check_options, fit, trainable_flow
 from ..training.image_rows import IMAGE_OPTIONS, is_image
 from ..training.options import check_repeatable
@@ -101,9 +102,9 @@ def reflow(
     Raises:
         TypeError: If options are none of ``fit``.
         ValueError: If the flow is conditional and there are not contexts of shape ``(N, C)``,
-            ``count`` is below 1, there is a checkpoint without a seed, or options of ``fit``
-            cannot work, or are those that are set here: ``pairs``, ``coupling``,
-            ``base_samples``, ``whiten`` and ``learn``.
+            ``count`` is below 1, the flow's type has no numbers for some of its draws, there is a
+            checkpoint without a seed, or options of ``fit`` cannot work, or are those that are
+            set here: ``pairs``, ``coupling``, ``base_samples``, ``whiten`` and ``learn``.
 
     References:
         Liu, Gong & Liu, *Flow straight and fast*, ICLR 2023; arXiv 2209.15571, Section 2.3.
@@ -129,6 +130,7 @@ def reflow(
     with seeded(seed), torch.no_grad():
         shape = (int(count),) if contexts is None else ()
         base, data = _pairs(distribution.given(contexts), shape)
+    _check_draws(new, data, contexts)
     images = is_image(new.row_shape)
     fit_options = {**(IMAGE_OPTIONS if images else {}), **fit_options}
     outcome = fit(
@@ -153,6 +155,18 @@ def _pairs(view: InterpolantDistribution, shape: Sequence[int]) -> tuple[Tensor,
     for part in view.transforms:
         x = part(x)
     return base, x
+
+
+def _check_draws(distribution: AnyDistribution, x: Tensor, context: Tensor | None) -> None:
+    """Raise a ValueError where draws, shape ``(N, *event_shape)``, are no rows to train on."""
+    try:
+        rows_of(distribution, x, context)
+    except ValueError as error:
+        raise ValueError(
+            f"expected a flow whose type, {x.dtype}, has numbers for its draws, got "
+            f"{int((~x.isfinite()).sum())} infinite ones, or some on the edge of the support: "
+            "take distribution.to(torch.float64)"
+        ) from error
 
 
 def _report(

@@ -5,6 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from gaussians import GaussianTransport
+from torch.distributions import constraints
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
@@ -375,6 +376,18 @@ def test_what_reflow_cannot_start_from_is_refused():
         reflow(conditional)
     with pytest.raises(ValueError, match=r"context of shape \(N, 3\), got \(3,\)"):
         reflow(conditional, context=torch.zeros(3))
+
+
+def test_draws_that_the_type_has_no_numbers_for_are_refused():
+    """Each is an exponential of up to 120 on either side, of which float32 holds 88."""
+    transform = interpolant_transform(1, (8,)).float()
+    transform.flow.whitening.set(torch.zeros(1), torch.full((1, 1), 40.0))
+    support = constraints.independent(constraints.positive, 1)
+    distribution = InterpolantDistribution(transform, support=support)
+    quick = QUICK | {"count": 2000, "steps": 1}
+    with pytest.raises(ValueError, match=r"infinite ones, or .* distribution.to\(torch.float64\)"):
+        reflow(distribution, **quick)
+    assert reflow(distribution.to(torch.float64), **quick).before.sampling_errors[1] < 1e-6
 
 
 def test_reflow_in_inference_mode():
