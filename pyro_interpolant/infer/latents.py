@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .._package import check_ranges, number, whole
 from .._torch import draws_nothing, evaluated, seeded, with_gradients
-from ..diagnostics.psis import log_total, pareto_smooth, shuffled_resampling
+from ..diagnostics.psis import pareto_smooth, shuffled_resampling
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..distributions.joint import names_in_frames
 from ..distributions.rows import check_same_order, contexts_of_rows
@@ -88,8 +88,18 @@ class Draws(NamedTuple):
         return self.at(torch.multinomial(self.log_weights.softmax(-1), count, replacement=True))
 
     def log_evidence(self) -> tuple[Tensor, Tensor]:
-        r"""Return :math:`\log p(y)` and its standard error, shape ``(n,)`` each."""
-        return log_total(self.log_weights)
+        r"""Return :math:`\log p(y)` and its standard error, shape ``(n,)`` each.
+
+        There is a fixed number of draws of each kind: what their weights differ by from one kind
+        to the other is no chance. Counted in, it made errors up to 2.6 times too large.
+        """
+        total, count = self.log_weights.double().logsumexp(-1), self.shared.shape[1]
+        share = (self.log_weights.double() - total[..., None]).exp()
+        within = [
+            (part - part.mean(-1, keepdim=True)).square().sum(-1)
+            for part in share.tensor_split([count], dim=-1)
+        ]
+        return total, (within[0] + within[1]).sqrt().nan_to_num(math.inf)
 
 
 def draw_latents(
