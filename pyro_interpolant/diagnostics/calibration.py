@@ -106,7 +106,9 @@ def log_prob_stderr(
     r"""Return the standard error of log_prob that Hutchinson's probes leave, shape ``(N,)``.
 
     With :math:`\ell_p` the log-density by probe p alone, it is the standard deviation of
-    :math:`\ell_1, \dots, \ell_P` over :math:`\sqrt P`, at the present solver setting. Rows share
+    :math:`\ell_1, \dots, \ell_P` over :math:`\sqrt P`, at the present solver setting, and as
+    rough as few numbers leave it: 2 of these errors cover 95% with many probes, some 88% with 4,
+    and 71% with 2, or 50% where D is 2, too, and both may be alike. Rows share
     their probes: the error of a mean over rows does not fall with their number. What the
     solver's steps add is not in it: of images, whose solver is set by samples, it may be more.
 
@@ -292,8 +294,8 @@ class _Trials:
             return
         warn_user(
             f"no grid up to {_MAX_STEPS} steps has log_prob within {self.tolerance} nats of the "
-            f"reference: {found}. Set transform.solver = Adaptive(...) for likelihoods, train "
-            "longer, or use a smoother network."
+            f"reference: {found}. Set transform.solver = Adaptive(1e-8, 1e-8, nodes=256) for "
+            "likelihoods, train longer, or use a smoother network."
         )
 
 

@@ -177,7 +177,11 @@ class Adaptive:
     r"""Integrate with torchdiffeq's adaptive steps, reporting at the quadrature nodes.
 
     The step sizes are chosen for the batch as a whole, so a row's density depends slightly, within
-    the tolerance, on the rows beside it: use it to check, and :class:`FixedGrid` inside inference.
+    the solver's error, on the rows beside it: use it to check, and :class:`FixedGrid` inside
+    inference. That error is larger than the tolerances, which are those of a step, and grows with
+    sharpness: by default log_prob was off by up to 0.007 nats where a part of a mixture had a
+    standard deviation of 0.3, by 0.03 and 1 where of 0.03 and 0.003. To check, tighten them, and
+    take more nodes, which bound the error of the integral: ``Adaptive(1e-8, 1e-8, nodes=256)``.
 
     Args:
         rtol: The relative tolerance.

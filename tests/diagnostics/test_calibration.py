@@ -107,6 +107,19 @@ def test_where_no_grid_suffices_it_says_so(monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_solver_advised_where_no_grid_suffices_is_better_than_that_grid(monkeypatch):
+    monkeypatch.setattr(calibration, "_MAX_STEPS", 64)
+    velocity = narrow_mixture(0.003)
+    distribution, x = flow_of(velocity), velocity.sample(1.0, 20)
+    with pytest.warns(UserWarning, match=r"Adaptive\(1e-8, 1e-8, nodes=256\)"):
+        grid = calibrate(distribution, x, tolerance=1e-6)
+    truth = velocity.log_prob(torch.tensor(1.0), x)
+    advised = error_of(distribution, truth, x, Adaptive(1e-8, 1e-8, nodes=256))
+    assert advised.mean() < 0.1 * error_of(distribution, truth, x, grid).mean()
+    assert error_of(distribution, truth, x, Adaptive()).mean() > 10 * advised.mean()
+
+
+@pytest.mark.slow
 def test_no_warning_where_one_suffices():
     velocity = narrow_mixture(0.5)
     with warnings.catch_warnings():
