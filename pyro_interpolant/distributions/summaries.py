@@ -206,7 +206,10 @@ class Summaries(FlowDistribution, dist.TransformedDistribution):
         """Return mean, variance and entropy with their standard errors, which draws leave.
 
         They are the same at each call: means over 8 sets of 512 draws, scrambled Sobol points, or
-        random ones where a base is given or there are no such points of so many dimensions. Where
+        random ones where a base is given or there are no such points of so many dimensions. The
+        spread of 8 sets tells the error, so that 2.4 errors are what covers 95%, and 2 cover 91%:
+        less where few draws make up a moment, as of long tails. Of exp(N(0, 1)) 2 errors cover the
+        mean in 85% and the variance in 76%, of exp(N(0, 4)) in 76% and 32%. Where
         the base has no mean or an infinite variance, neither has the flow, unless values are
         within bounds. A base that does not state its moments is taken to have them where it is a
         map of normal draws, as flows of zuko and most ``TransformedDistribution`` are; an affine
