@@ -105,7 +105,8 @@ def from_noisy_samples(
         marginals: As in :func:`~pyro_interpolant.from_samples`, decided on the start.
         steps: The number of optimiser steps in all; by default 6,000, or as many as
             ``max_seconds`` allows.
-        max_seconds: Stop after this time.
+        max_seconds: Stop after this time, or after one round and the log-evidence of 500 rows held
+            out, where a function is so slow that these take longer.
         validation: The share of rows held out, at most 2,000, with all copies of each.
         seed: Makes the run reproducible, as far as the clock decides nothing.
         progress: Whether to show a bar, and the report.
