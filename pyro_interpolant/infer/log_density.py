@@ -2,7 +2,7 @@ r"""The log joint density of a model, :math:`\log p(x(z), y) + \log |dx / dz|`, 
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Literal, cast, get_args
 
 import pyro
@@ -61,6 +61,26 @@ Evaluate = Callable[[Tensor], Tensor]
 
 class NoDensityError(ValueError):
     """A site has no log density that is known."""
+
+
+def without_density(
+    site: Site, error: NotImplementedError, latents: Container[str]
+) -> NoDensityError:
+    """Return the error for a site without a log_prob.
+
+    Args:
+        site: The site.
+        error: What its log_prob raised.
+        latents: The names of the latent sites.
+    """
+    why = f" ({error})" if str(error) else ""  # of a part of it, perhaps
+    help_ = "an AmortizedInterpolant learns from simulations alone, and calibration() judges it"
+    if site["name"] in latents:  # by whose prior every posterior is weighed
+        help_ = "sample what has one, and make it of that by pyro.deterministic"
+    return NoDensityError(
+        f"expected a log_prob of every site, got a {type(site['fn']).__name__} at "
+        f"{site['name']!r}, which has none{why}: {help_}"
+    )
 
 
 class LogJoint:
@@ -242,12 +262,7 @@ class LogJoint:
                 trace.compute_log_prob()
             except NotImplementedError as error:
                 bare = next(s for s in _scored(nodes) if "log_prob" not in s)
-                why = f" ({error})" if str(error) else ""  # of a part of it, perhaps
-                raise NoDensityError(
-                    f"expected a log_prob of every site, got a {type(bare['fn']).__name__} at "
-                    f"{bare['name']!r}, which has none{why}: an AmortizedInterpolant learns from "
-                    "simulations alone, and calibration() judges it"
-                ) from error
+                raise without_density(bare, error, self.sites.shapes) from error
         return nodes
 
 

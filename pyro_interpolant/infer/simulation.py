@@ -20,6 +20,7 @@ from torch import Tensor
 from .._torch import draws, seeded, warn_user
 from ..distributions.constraints import biject
 from ..distributions.supports import BijectiveSupport
+from .log_density import without_density
 from .runs import (
     Unobserved,
     attempts,
@@ -463,9 +464,16 @@ class Simulator:
         if not latents_alone:  # of these latents, and perhaps of no others
             check_rows_count(nodes)
             self._check_kept(nodes, count)
-        each = [self._log_probs(nodes, [name], count).sum(-1) for name in self.latents]
+        each = [self._log_prior(nodes, name, count) for name in self.latents]
         shapes = self.early if latents_alone else self.shapes
         return Simulations(of(self.latents), of(shapes), torch.stack(each).sum(0), 0)
+
+    def _log_prior(self, nodes: Nodes, name: str, count: int | None) -> Tensor:
+        """Return the log density of a latent site, shape ``()``, or ``(N,)`` of N simulations."""
+        try:
+            return self._log_probs(nodes, [name], count).sum(-1)
+        except NotImplementedError as error:
+            raise without_density(nodes[name], error, self.latents) from error
 
     def _log_probs(self, nodes: Nodes, names: Iterable[str], count: int | None = None) -> Tensor:
         """Return all log densities of sites, shape ``(M,)``, or ``(N, M)`` of N simulations."""

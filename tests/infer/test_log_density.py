@@ -25,6 +25,7 @@ from pyro.nn import PyroModule, PyroSample
 from torch.distributions import biject_to
 
 from pyro_interpolant import (
+    AmortizedInterpolant,
     AutoInterpolant,
     ConditionalInterpolantDistribution,
     conditional_interpolant_transform,
@@ -897,6 +898,24 @@ def simulator():
 def test_a_site_without_a_density_is_named(asks):
     with pytest.raises(ValueError, match=r"got a Simulated at 'y', which has none: .*calibration"):
         asks(simulator)
+
+
+def latent_simulator(y=None):
+    x = pyro.sample("x", Simulated())
+    pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [
+        lambda: AutoInterpolant(pyro.condition(latent_simulator, {"y": torch.tensor(0.3)})),
+        lambda: AmortizedInterpolant(latent_simulator),
+    ],
+    ids=["one", "amortized"],
+)
+def test_a_latent_site_without_a_density_is_not_sent_to_simulations(guide):
+    with pytest.raises(ValueError, match=r"got a Simulated at 'x', which .* pyro.deterministic$"):
+        fit_guide(guide(), max_seconds=1.0, progress=False)
 
 
 def test_why_a_site_has_no_density_is_said():
