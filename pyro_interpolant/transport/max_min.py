@@ -98,7 +98,9 @@ def learn_interpolant(
         seed: As in :func:`~pyro_interpolant.fit`.
         progress: Whether to show bars.
         **fit_options: For the final :func:`~pyro_interpolant.fit`. Rows that it holds out are held
-            out of the alternation, too, which takes pairs, weights and flips alike.
+            out of the alternation, too, which takes pairs, weights and flips alike. A
+            ``checkpoint`` is of that fit alone, and of the interpolant that it has then: a run
+            goes on from a flow as it was before, not from the one that was trained.
 
     Returns:
         The course of the energy, and the final fit.
