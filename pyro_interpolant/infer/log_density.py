@@ -2,7 +2,7 @@ r"""The log joint density of a model, :math:`\log p(x(z), y) + \log |dx / dz|`, 
 
 import contextlib
 import math
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, cast, get_args
 
 import pyro
@@ -56,6 +56,9 @@ TO_BATCH = (  # how to write a model so that many draws can be evaluated at once
     "Index events from the right, x[..., i], declare batch dimensions by pyro.plate, and avoid "
     ".item(), in-place writes and branches on latent values"
 )
+# What to do about a site without a density, observed or latent.
+_SIMULATE_IT = "an AmortizedInterpolant learns from simulations alone, and calibration() judges it"
+_COMPUTE_IT = "sample a variable that has one, and compute this from it by pyro.deterministic"
 Evaluate = Callable[[Tensor], Tensor]
 
 
@@ -63,23 +66,23 @@ class NoDensityError(ValueError):
     """A site has no log density that is known."""
 
 
-def without_density(
-    site: Site, error: NotImplementedError, latents: Container[str]
-) -> NoDensityError:
-    """Return the error for a site without a log_prob.
+def log_prior_of(site: Site) -> Tensor:
+    """Return the log density of a latent site's value, of the batch shape of its distribution.
 
-    Args:
-        site: The site.
-        error: What its log_prob raised.
-        latents: The names of the latent sites.
+    Raises:
+        NoDensityError: If it has none.
     """
+    try:
+        return site["fn"].log_prob(site["value"])
+    except NotImplementedError as error:  # and every posterior is weighed by the prior
+        raise _without_density(site, error, _COMPUTE_IT) from error
+
+
+def _without_density(site: Site, error: NotImplementedError, advice: str) -> NoDensityError:
     why = f" ({error})" if str(error) else ""  # of a part of it, perhaps
-    help_ = "an AmortizedInterpolant learns from simulations alone, and calibration() judges it"
-    if site["name"] in latents:  # by whose prior every posterior is weighed
-        help_ = "sample what has one, and make it of that by pyro.deterministic"
     return NoDensityError(
         f"expected a log_prob of every site, got a {type(site['fn']).__name__} at "
-        f"{site['name']!r}, which has none{why}: {help_}"
+        f"{site['name']!r}, which has none{why}: {advice}"
     )
 
 
@@ -262,7 +265,9 @@ class LogJoint:
                 trace.compute_log_prob()
             except NotImplementedError as error:
                 bare = next(s for s in _scored(nodes) if "log_prob" not in s)
-                raise without_density(bare, error, self.sites.shapes) from error
+                is_latent = bare["name"] in self.sites.shapes
+                advice = _COMPUTE_IT if is_latent else _SIMULATE_IT
+                raise _without_density(bare, error, advice) from error
         return nodes
 
 

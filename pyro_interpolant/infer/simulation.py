@@ -20,7 +20,7 @@ from torch import Tensor
 from .._torch import draws, seeded, warn_user
 from ..distributions.constraints import biject
 from ..distributions.supports import BijectiveSupport
-from .log_density import without_density
+from .log_density import log_prior_of
 from .runs import (
     Unobserved,
     attempts,
@@ -85,9 +85,8 @@ class Simulator:
         self.model = sites.model
         self.drawn: Sequence[str] | None = None
         self.kept: dict[str, Tensor] = {}  # log densities of observed sites that keep their values
-        # Until they are known, by runs that are checked by them.
-        self.shapes, self.early, self.nesting = {}, {}, 0
-        self.seconds = 0.0  # of one simulation among many
+        # Until they are known, by runs that are checked by them; seconds: of one run among many.
+        self.shapes, self.early, self.nesting, self.seconds = {}, {}, 0, 0.0
         try:
             nodes = self._run()
         except NotImplementedError as error:
@@ -242,7 +241,7 @@ class Simulator:
     def batching(self) -> Batching:
         """The first way of many simulations in one run that works and is right.
 
-        It is looked for by some runs of the model, which who asks for shapes alone is spared.
+        It is found by some runs of the model, which who asks for shapes alone is spared.
         """
         with attempts():
             before = state_of_others()
@@ -464,16 +463,9 @@ class Simulator:
         if not latents_alone:  # of these latents, and perhaps of no others
             check_rows_count(nodes)
             self._check_kept(nodes, count)
-        each = [self._log_prior(nodes, name, count) for name in self.latents]
+        each = [log_prior_of(nodes[name]).reshape((*lead, -1)).sum(-1) for name in self.latents]
         shapes = self.early if latents_alone else self.shapes
         return Simulations(of(self.latents), of(shapes), torch.stack(each).sum(0), 0)
-
-    def _log_prior(self, nodes: Nodes, name: str, count: int | None) -> Tensor:
-        """Return the log density of a latent site, shape ``()``, or ``(N,)`` of N simulations."""
-        try:
-            return self._log_probs(nodes, [name], count).sum(-1)
-        except NotImplementedError as error:
-            raise without_density(nodes[name], error, self.latents) from error
 
     def _log_probs(self, nodes: Nodes, names: Iterable[str], count: int | None = None) -> Tensor:
         """Return all log densities of sites, shape ``(M,)``, or ``(N, M)`` of N simulations."""

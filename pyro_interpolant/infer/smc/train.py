@@ -45,6 +45,9 @@ from .tempering import HMCKernel, LogDensity, Particles, tempered_smc
 _FLAT = 2e-3  # nats, the improvement over a window of rounds below which a run is flat
 _FLAT_WINDOW = 5  # rounds
 _GRADIENTS_PER_PARTICLE = 40  # at the least, on the way from the start
+# Of this way, however late it is, some 100 gradients: in 2 to 100 dimensions targets as wide as a
+# part of the start took 7 to 53, narrow ones far from it 270 and more.
+_LEAST_LEVELS = 20
 # Of the time of a run: for finding where to begin; when tempering should have reached the target;
 # for the fewest gradients of each particle on the way; for moves at the target before the first
 # round; at most for the regression of a round; and for the verdict.
@@ -161,11 +164,12 @@ def _find_particles(
     wanted = min(_WANTED_PARTICLES, _THEIR_SHARE * in_all)
     least = _PARTICLES_PER_DIM * wide.loc.shape[1]
     count = int(max(least, min(draws, max(_LEAST_PARTICLES, affordable, wanted))))
-    deadline, until = clock.began + _TEMPERED * clock.limit, _end_of_way(density, count, clock)
+    _warn_if_slow(density, count, clock)
+    deadline = clock.began + _TEMPERED * clock.limit
     x, start = mixture.sample(count), LogDensity(mixture.log_prob)
-    for level in tempered_smc(x, start, density, kernel, deadline=deadline):
+    for i, level in enumerate(tempered_smc(x, start, density, kernel, deadline=deadline)):
         show(clock.spent() / clock.limit, f"tempering: {level.exponent:.3g}")
-        if level.exponent < 1 and time.monotonic() > until:
+        if level.exponent < 1 and i >= _LEAST_LEVELS and time.monotonic() > clock.deadline():
             warn_user(
                 f"the time, {duration(clock.limit)}, was too short for particles to reach the "
                 f"target: they are {level.exponent:.2g} of the way, and wider than it is. Give a "
@@ -183,11 +187,8 @@ def _find_particles(
     return particles, kernel, pools
 
 
-def _end_of_way(density: LogDensity, count: int, clock: Clock) -> float:
-    """Return when particles must be at the target, by :func:`time.monotonic`.
-
-    With a warning where the fewest gradients take them so long that a run cannot keep its time.
-    """
+def _warn_if_slow(density: LogDensity, count: int, clock: Clock) -> None:
+    """Warn where the fewest gradients of particles take so long that no run can keep its time."""
     least = _GRADIENTS_PER_PARTICLE * count
     seconds = least * density.seconds
     if seconds > _THEIR_SHARE * clock.limit:  # of the fewest particles alone, by their choice
@@ -197,7 +198,6 @@ def _end_of_way(density: LogDensity, count: int, clock: Clock) -> float:
             f"particles on their way to it, {duration(seconds)}. Give max_seconds="
             f"{math.ceil(seconds / _TEMPERED)}, or a density that is faster for many rows at once"
         )
-    return max(clock.moment(1.0), time.monotonic() + seconds)
 
 
 class Jump(NamedTuple):
@@ -433,8 +433,9 @@ def train_from_density(
             than the target. By default a Student-t of scale 4 around 0.
         max_seconds: The time to spend, unless nothing improves any more; it takes up to 5% and 5 s
             more, or, with a warning before particles are moved, what some 60 evaluations for each
-            of the fewest take, 100 and 3 for each dimension. Where particles do not come to the
-            target in time, a warning says so, and the flow is of where they are.
+            of the fewest take, 100 and 3 for each dimension; up to 120 where the target is far.
+            Where particles do not come to it in time, a warning says so, and the flow is of where
+            they are.
         draws: The number of particles; fewer where the density is slow, but at least 3 for each
             dimension.
         steps: The most regression steps in a round, which goes through its rows 20 times at most.
