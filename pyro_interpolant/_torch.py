@@ -1,9 +1,8 @@
 r"""Torch's private parts and global state: what the package needs of them, in one file.
 
 Whether autograd, :mod:`torch.func` or a tracer sees a computation; scopes with a generator of
-their own, or with a network in another mode; activations recomputed in the backward pass;
-derivatives :math:`\partial_t f(t)` by forward mode; units that far rows do not set; and warnings
-at the user's line.
+their own; activations recomputed in the backward pass; derivatives :math:`\partial_t f(t)` by
+forward mode; units that far rows do not set; and warnings at the user's line.
 """
 
 import contextlib
@@ -18,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
@@ -295,38 +294,6 @@ def with_gradients() -> Iterator[None]:
     """Record gradients, whatever the caller has switched off: no_grad, or inference mode."""
     with torch.inference_mode(mode=False), torch.enable_grad():
         yield
-
-
-@contextlib.contextmanager
-def evaluated(network: nn.Module) -> Iterator[None]:
-    """Set a network to evaluation, dropout off, and restore the mode of each part afterwards."""
-    with _in_mode(network, train=False):
-        yield
-
-
-@contextlib.contextmanager
-def _in_mode(network: nn.Module, *, train: bool) -> Iterator[None]:
-    modes = [(module, module.training) for module in network.modules()]
-    network.train(train)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextlib.contextmanager
-def trainable(network: nn.Module) -> Iterator[None]:
-    """Set a network to training, with gradients, and restore its modes and flags afterwards."""
-    flags = [p.requires_grad for p in network.parameters()]
-    network.requires_grad_(requires_grad=True)
-    try:
-        with _in_mode(network, train=True):
-            yield
-    finally:
-        for p, flag in zip(network.parameters(), flags, strict=True):
-            p.requires_grad = flag
-            p.grad = None
 
 
 def recomputed(function: Callable[..., _R]) -> Callable[..., _R]:

@@ -1,6 +1,5 @@
 """What the package keeps between itself and torch."""
 
-import contextlib
 import threading
 import warnings
 
@@ -21,7 +20,6 @@ from pyro_interpolant._torch import (
     seeded,
     set_rng_state,
     slopes,
-    trainable,
     watching_the_first,
 )
 
@@ -270,22 +268,6 @@ def test_two_threads_differentiate_forward_at_a_time(other):
     thread.join()
     assert not errors
     assert [float(s) for s in found] == pytest.approx([1.0, 1.0, 0.75])
-
-
-def test_a_network_that_was_trained_in_a_scope_is_as_it_was():
-    network = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).eval()
-    network[0].bias.requires_grad_(requires_grad=False)
-    network[1].train()
-    for error in (False, True):
-        with contextlib.suppress(KeyError), trainable(network):
-            assert all(module.training for module in network.modules())
-            network(torch.ones(3, 2)).sum().backward()
-            assert all(p.grad is not None for p in network.parameters())
-            if error:
-                raise KeyError
-        assert [module.training for module in network.modules()] == [False, False, True]
-        assert [p.requires_grad for p in network.parameters()] == [True, False]
-        assert all(p.grad is None for p in network.parameters())
 
 
 def test_forward_mode_does_not_warn_of_what_torch_uses_itself(monkeypatch):

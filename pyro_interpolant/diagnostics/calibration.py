@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .._package import check_ranges, number
-from .._torch import evaluated, seeded, warn_user
+from .._torch import seeded, warn_user
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution, rows_given
+from ..nn.modes import evaluated
 from ..solvers.divergence import ExactDivergence, HutchinsonDivergence
 from ..solvers.ode import Adaptive, FixedGrid
 

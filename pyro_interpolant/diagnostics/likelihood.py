@@ -25,10 +25,11 @@ from torch import Tensor
 
 from .._files import StrPath, contents, refuse_no_place, write
 from .._package import check_ranges, number, whole
-from .._torch import evaluated, warn_user, with_gradients
+from .._torch import warn_user, with_gradients
 from ..distributions.fingerprint import fingerprint
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..distributions.rows import contexts_of_rows, images_of
+from ..nn.modes import evaluated
 from ..nn.velocity import evaluate, images_at_once
 from ..solvers.divergence import HutchinsonDivergence
 from ..solvers.ode import Adaptive, FixedGrid, Solver

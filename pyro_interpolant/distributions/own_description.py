@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .. import interpolants as paths
 from .. import nn as networks
-from .._torch import evaluated, seeded
+from .._torch import seeded
+from ..nn.modes import evaluated
 from ..nn.velocity import embedded, evaluate, image_shape, size_of
 from ..transforms.flow import Flow
 from .part_description import PartError, Tensors, describe_choice, is_of

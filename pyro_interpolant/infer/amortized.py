@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
 from .._package import check_ranges, whole
-from .._torch import seeded, trainable
+from .._torch import seeded
 from ..distributions.joint import (
     ConditionalJointInterpolantDistribution,
     JointInterpolantDistribution,
 )
 from ..nn.embedding import SetEmbedding
+from ..nn.modes import trainable
 from ..training.clock import Clock
 from ..training.fitting import FitResult, fit
 from ..transforms.interpolant import ConditionalInterpolantTransform

@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from .._package import check_ranges, number
-from .._torch import seeded, trainable, warn_user, with_gradients
+from .._torch import seeded, warn_user, with_gradients
 from ..diagnostics.psis import ImportanceSummary
 from ..distributions.bases import standard_normal
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
 from ..interpolants.linear import Interpolant
 from ..nn.mlp import VelocityMLP
+from ..nn.modes import trainable
 from ..solvers.divergence import Divergence
 from ..solvers.ode import FixedGrid, Solver
 from ..training.clock import Clock

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import evaluated, seeded, trainable, warn_user
+from .._torch import seeded, warn_user
 from ..diagnostics.calibration import calibrate_until
 from ..diagnostics.psis import log_total
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import Report
+from ..nn.modes import evaluated, trainable
 from ..solvers.ode import FixedGrid
 from ..training.clock import Clock
 from ..training.repeats import copy_keys, random_order, rows_to_tell

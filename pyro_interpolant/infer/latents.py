@@ -23,12 +23,13 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._package import check_ranges, number, whole
-from .._torch import draws_nothing, evaluated, seeded, with_gradients
+from .._torch import draws_nothing, seeded, with_gradients
 from ..diagnostics.psis import pareto_smooth, shuffled_resampling
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution
 from ..distributions.joint import names_in_frames
 from ..distributions.rows import check_same_order, contexts_of_rows
 from ..distributions.supports import support_of
+from ..nn.modes import evaluated
 from ..nn.velocity import keeps_nothing
 from ..solvers.parallel import one_thread_each, side_by_side, threads_at_once
 from .noise import Measurements, Noise, measurements

@@ -37,6 +37,7 @@ from ..distributions.rows import (
     names_of,
 )
 from ..distributions.supports import BijectiveSupport, CircularSupport, support_of
+from ..nn.modes import fixed_weights
 from ..solvers.parallel import one_thread_each
 from ..training.building import context_names, contexts_for, from_samples, new_network
 from ..training.clock import Clock
@@ -484,5 +485,8 @@ def _started(
             with seeded(options["seed"]):
                 options["network"] = new_network(space, first, sizes)
         distribution = from_samples(first, progress=False, **options)
+    if fixed := fixed_weights(options["network"]):  # the rounds leave them, too
+        for name, weight in distribution.transform.velocity.named_parameters():
+            weight.requires_grad = name not in fixed
     names.give_to(distribution)
     return distribution, rest

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._torch import evaluated
 from .embedding import KINDS, SIZE, dense
 from .mlp import VelocityMLP
+from .modes import evaluated
 from .record import MovedRecord, Record, by_row
 from .velocity import StateFunction, location_and_scale, own_method
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from numpy.typing import ArrayLike
 
-from .._torch import seeded, trainable, warn_user, with_gradients
+from .._torch import seeded, warn_user, with_gradients
 from ..diagnostics.calibration import calibrate_sampler_until, calibrate_until
 from ..diffusion.guidance import Guided
 from ..distributions.fingerprint import identity_of
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.report import Report
 from ..interpolants.couplings import independent
+from ..nn.modes import fixed_weights, trainable
 from ..solvers.ode import FixedGrid, Solver
 from ..solvers.parallel import one_thread_each
 from ..transforms.flow import Flow
@@ -137,7 +138,8 @@ def fit(
     is the same, and the gradient less noisy.
 
     Args:
-        distribution: The flow to train. Frozen weights are trained too, and are frozen afterwards.
+        distribution: The flow to train, whose weights are all frozen afterwards. Those frozen
+            beside others stay as they are; of a flow that is all frozen, all are trained on.
         data: Rows of shape ``(N, *event_shape)``, or, for a
             :class:`~pyro_interpolant.JointInterpolantDistribution`, a dictionary of draws or a
             data frame of them, with columns ``mu[0]``, ``mu[1]``, ... of a site of several. Or a
@@ -236,7 +238,9 @@ def fit(
     process.check_same("table, by its checksum,", source.checksum, _SHARED_TABLE)
     with seeded(process.seed(seed)):
         asked = [steps, max_seconds, learning_rate, weight_decay, batch_size, patience, ema, learn]
-        identity = [source.checksum, [*asked, seed, source.share, whiten, *["flip"] * flip]]
+        fixed = sorted(fixed_weights(flow.velocity))
+        asked += [seed, source.share, whiten, *["flip"] * flip, *fixed]
+        identity = [source.checksum, asked]
         if checkpoint is not None:  # it goes through all weights and samples
             identity += identity_of(flow, distribution.base, coupling, base_samples, validation)
         exact = source.exact and (process.world == 1 or not process.own_rows)

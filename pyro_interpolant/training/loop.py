@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .._package import check_ranges, number, whole
-from .._torch import evaluated, rng_state, set_rng_state, warn_user
+from .._torch import rng_state, set_rng_state, warn_user
+from ..nn.modes import evaluated
 from ..nn.velocity import image_shape
 from .checkpoint import Checkpoint, buffers_of
 from .clock import Clock

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .._torch import broadcast_shapes, evaluated
+from .._torch import broadcast_shapes
 from ..diffusion.conversions import checked_times
 from ..distributions.bases import Samples, WhitenedBase
 from ..distributions.interpolant import (
@@ -28,6 +28,7 @@ from ..interpolants.couplings import independent, optimal_transport
 from ..interpolants.linear import Interpolant
 from ..interpolants.nonlinear import Geodesic
 from ..nn.mlp import untrained_like
+from ..nn.modes import evaluated
 from ..nn.velocity import embedded, evaluate, image_shape, size_of, time_exponent
 from ..transforms.flow import Flow
 from ..transforms.interpolant import check_tensor

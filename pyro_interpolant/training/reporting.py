@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._torch import evaluated, seeded, warn_user
+from .._torch import seeded, warn_user
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import GAUSSIAN, Report, beside, decimals
 from ..distributions.rows import shares_of
 from ..distributions.supports import CircularSupport
+from ..nn.modes import evaluated
 from ..solvers.ode import FixedGrid
 from .data import Split
 from .image_rows import is_image

@@ -19,13 +19,14 @@ from torch.distributions import ComposeTransform, Transform, constraints
 from tqdm import tqdm
 
 from .._package import check_ranges, number, whole
-from .._torch import evaluated, seeded, with_gradients
+from .._torch import seeded, with_gradients
 from ..distributions.bases import only_possible, standard_normal
 from ..distributions.constraints import Constraint
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.report import with_error
 from ..distributions.rows import check_value
 from ..distributions.supports import CircularSupport, Support, support_of
+from ..nn.modes import evaluated
 from ..training.whitening import whitening_map
 from ..transforms.bijections import Unseen, Whiten, contents_of
 from ..transforms.interpolant import broadcast_batch

@@ -11,11 +11,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._package import check_ranges, number, whole
-from .._torch import seeded, trainable, with_gradients
+from .._torch import seeded, with_gradients
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.rows import RowsLike, subsample
 from ..interpolants.couplings import independent
 from ..interpolants.learned import LearnedInterpolant
+from ..nn.modes import trainable
 from ..training.data import DEFAULT_SHARE, Table, TableBatches, as_held_out
 from ..training.distributed import Process
 from ..training.fitting import FitResult, check_options, fit, trainable_flow

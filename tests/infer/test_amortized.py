@@ -798,6 +798,22 @@ def test_covariates_that_the_guide_is_not_given_must_be_those_of_its_training(
         guide(**args)
 
 
+def test_an_embedding_that_is_frozen_stays_as_it_is_from_run_to_run():
+    embedding = pi.nn.SetEmbedding(1).requires_grad_(requires_grad=False)
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, embedding=embedding, hidden_dims=(8,))
+    y, seen = torch.tensor([0.5, 1.0, -1.0, 2.0]), []
+    for _ in range(2):
+        pi.fit_guide(guide, y, simulations=100, progress=False, options={"steps": 2})
+        velocity = guide.transform.velocity
+        seen.append(torch.cat([p.flatten() for p in velocity.embedding.parameters()]))
+        trained = {name for name, p in velocity.named_parameters() if p.requires_grad}
+        assert trained == {
+            name for name, _ in velocity.named_parameters() if not name.startswith("embedding.")
+        }
+    before = torch.cat([p.flatten() for p in embedding.parameters()])
+    assert all(torch.equal(found, before) for found in seen)
+
+
 @pytest.mark.parametrize("embedding", [None, pi.nn.SetEmbedding(1)], ids=["none", "set"])
 def test_data_beyond_all_simulations_are_told_of(embedding):
     guide = pi.AmortizedInterpolant(rows_of_a_normal, embedding=embedding, hidden_dims=(8,))

@@ -23,7 +23,6 @@ from pyro_interpolant import (
     from_posterior_samples,
     interpolant_transform,
 )
-from pyro_interpolant._torch import trainable
 from pyro_interpolant.distributions.joint import names_in_frames
 from pyro_interpolant.infer import expectation_maximization, object_posteriors
 from pyro_interpolant.infer import population as population_module
@@ -32,6 +31,7 @@ from pyro_interpolant.infer.latents import _with_present, draw_latents, of_popul
 from pyro_interpolant.infer.noise import measurements
 from pyro_interpolant.infer.population import _start_rows
 from pyro_interpolant.infer.proposals import LocalProposal, local_proposal, standard_log_prob
+from pyro_interpolant.nn.modes import trainable
 from pyro_interpolant.solvers.parallel import one_thread_each, threads_at_once
 from pyro_interpolant.training.clock import Clock
 from pyro_interpolant.training.repeats import copy_keys
@@ -751,6 +751,17 @@ class Noisy(pi.VelocityMLP):
     def forward(self, t, x, context=None):
         self.seen[self.training] += 1
         return super().forward(t, nn.functional.dropout(x, 0.2, self.training), context)
+
+
+@pytest.mark.usefixtures("_small_runs")
+def test_weights_frozen_beside_others_stay_as_they_are_through_all_rounds():
+    _, y, sds = catalogue(100, missing=0.0)
+    network = pi.VelocityMLP(2, (8,))
+    before = network.shifts.requires_grad_(requires_grad=False).weight.clone()
+    flow = from_noisy_samples(y, sds, network=network, **{**QUICK, "steps": 60})
+    assert torch.equal(flow.transform.velocity.shifts.weight, before)
+    assert not torch.equal(flow.transform.velocity.output.weight, network.output.weight)
+    assert not any(p.requires_grad for p in flow.transform.parameters())
 
 
 @pytest.mark.usefixtures("_small_runs")

@@ -68,6 +68,12 @@ def based(loc):
     return InterpolantDistribution(flow, base)
 
 
+def partly_frozen():
+    flow = made()
+    flow.transform.velocity.output.requires_grad_(requires_grad=False)
+    return flow
+
+
 def rows(count=300, dim=2):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(count, dim, generator=generator)
@@ -240,6 +246,7 @@ def finished(tmp_path_factory):
         {"coupling": optimal_transport},
         {"flow": lambda: made(interpolant=Linear())},
         {"flow": lambda: based(5.0)},
+        {"flow": lambda: partly_frozen()},
         pytest.param(
             {"flow": lambda: based(1.0), "first": lambda: based(0.0)}, marks=pytest.mark.slow
         ),

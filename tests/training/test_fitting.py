@@ -420,6 +420,21 @@ def test_weights_are_frozen_afterwards_and_trained_all_the_same(frozen):
     assert all(p.grad is not None for p in distribution.transform.parameters())
 
 
+@pytest.mark.parametrize("part", ["shifts", "embedding"])
+def test_weights_frozen_beside_others_stay_as_they_are(part):
+    network = VelocityMLP(2, (8,))
+    fixed = getattr(network, part).requires_grad_(requires_grad=False)
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    flow = from_samples(torch.randn(200, 2), network=network, steps=20, seed=0, progress=False)
+    assert not any(p.requires_grad for p in flow.transform.parameters())
+    moved = {
+        name
+        for name, p in flow.transform.velocity.named_parameters()
+        if not torch.equal(p, before[name])
+    }
+    assert moved == before.keys() - {f"{part}.{name}" for name, _ in fixed.named_parameters()}
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_an_error_in_the_middle_leaves_flags_and_modes_as_they_were(frozen):
     distribution = tiny()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ..._package import check_ranges, whole
-from ..._torch import evaluated, seeded, trainable, warn_user
+from ..._torch import seeded, warn_user
 from ...diagnostics.calibration import calibrate_until
 from ...diagnostics.psis import (
     K_HAT_LIMIT,
@@ -29,6 +29,7 @@ from ...diagnostics.psis import (
 )
 from ...distributions.interpolant import InterpolantDistribution
 from ...distributions.report import duration, with_error
+from ...nn.modes import evaluated, trainable
 from ...solvers.ode import FixedGrid, Solver
 from ...solvers.parallel import one_thread_each
 from ...training.clock import Clock
