@@ -17,12 +17,9 @@ lint:
 types:
 	mypy
 
-# The benchmarks want their peers, too: pip install -e '.[benchmark]'.
-PROGRAMS = $(filter-out benchmarks/kill_resume.py, $(wildcard examples/*.py benchmarks/[a-z]*.py))
+# All examples and benchmarks; of these the peers that are there: pip install -e '.[benchmark]'.
 smoke:
-	for program in $(PROGRAMS); do \
-		echo "$$program" && MPLBACKEND=Agg python "$$program" --smoke || exit 1; \
-	done
+	pytest tests/test_examples.py -m "slow or not slow"
 
 # The site, its tutorials run; DOCS_SMALL=1 for small sizes. It wants pip install -e '.[docs]'.
 docs:
