@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import math
 import time
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .._torch import seeded, warn_user
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution, rows_given
 from ..nn.modes import evaluated
 from ..solvers.divergence import ExactDivergence, HutchinsonDivergence
-from ..solvers.ode import Adaptive, FixedGrid
+from ..solvers.ode import Adaptive, FixedGrid, Solver
 
 _REFERENCE = Adaptive(rtol=1e-8, atol=1e-8, nodes=96)
 _FIRST_STEPS, _MAX_STEPS = 4, 256
@@ -57,16 +57,16 @@ class SolverError(NamedTuple):
         )
 
 
-class CalibratedGrid(NamedTuple):
-    """The grid that a calibration has set.
+class Calibrated(NamedTuple):
+    """The solver that a calibration leaves.
 
     Attributes:
-        solver: The grid.
+        solver: The grid that it has set, or the solver before where no time was left.
         error: Its mean absolute error of log_prob, nats, or its error of samples, standard
             deviations; None where no time was left to measure.
     """
 
-    solver: FixedGrid
+    solver: Solver
     error: float | None
 
 
@@ -177,7 +177,8 @@ def calibrate(
         ValueError: If the tolerance is not positive, or as :func:`solver_error`.
     """
     check_ranges(number("a positive tolerance in nats", tolerance, lambda n: n > 0))
-    return calibrate_until(math.inf, distribution, x, tolerance=tolerance, context=context).solver
+    found = calibrate_until(math.inf, distribution, x, tolerance=tolerance, context=context)
+    return cast("FixedGrid", found.solver)
 
 
 def calibrate_until(
@@ -187,7 +188,7 @@ def calibrate_until(
     *,
     tolerance: float,
     context: Tensor | None = None,
-) -> CalibratedGrid:
+) -> Calibrated:
     """Set the solver as :func:`calibrate`, on fewer rows or with a warning where time is short.
 
     Args:
@@ -198,7 +199,7 @@ def calibrate_until(
         context: As in :func:`calibrate`, shape ``(N, C)``, one for each row where time is short.
 
     Returns:
-        The grid that was set, and its error.
+        The grid that was set, and its error; or the solver before.
     """
     present = distribution.transform.solver
     template = present if isinstance(present, FixedGrid) else FixedGrid()
@@ -216,9 +217,9 @@ def calibrate_until(
             "no time was left to calibrate the solver, which is the one before: call "
             "calibrate(distribution, rows), which says what its densities are worth"
         )
-        return CalibratedGrid(template, None)
+        return Calibrated(present, None)
     distribution.transform.solver = dataclasses.replace(template, steps=steps)
-    return CalibratedGrid(distribution.transform.solver, error)
+    return Calibrated(distribution.transform.solver, error)
 
 
 class _Trials:
@@ -325,7 +326,7 @@ def calibrate_sampler(
     good = number("a positive tolerance in standard deviations", tolerance, lambda n: n > 0)
     check_ranges(good)
     found = calibrate_sampler_until(math.inf, distribution, tolerance=tolerance, context=context)
-    return found.solver
+    return cast("FixedGrid", found.solver)
 
 
 def calibrate_sampler_until(
@@ -334,7 +335,7 @@ def calibrate_sampler_until(
     *,
     tolerance: float,
     context: Tensor | None = None,
-) -> CalibratedGrid:
+) -> Calibrated:
     """Set the solver as :func:`calibrate_sampler`, or a coarser grid where time is short.
 
     Args:
@@ -367,7 +368,7 @@ def calibrate_sampler_until(
             "diagnostics.calibrate_sampler(distribution)"
         )
     distribution.transform.solver = dataclasses.replace(template, steps=steps)
-    return CalibratedGrid(distribution.transform.solver, error)
+    return Calibrated(distribution.transform.solver, error)
 
 
 class _Samples:

@@ -85,7 +85,7 @@ class FlowDistribution:
         if base is None:
             return self.space.default_base(flow)
         check_is_base(base, flow.loc)
-        if getattr(self.transform, "context", None) is not None:
+        if getattr(self.transform, "raw_context", None) is not None:
             return base  # checked with the family that this is a member of, which is often called
         return self.space.checked_base(flow, base)
 

@@ -260,6 +260,7 @@ class InterpolantDistribution(Summaries):
         """
         x = self.value_of(x)
         check_value(x, self.event_shape, self.transform.flow.loc.dtype)
+        self.transform.check_type(x)
         batch = x.shape[: max(0, x.dim() - len(self.event_shape))]
         shape = broadcast_batch(batch, self.batch_shape) + x.shape[len(batch) :]
         enabled = torch.is_grad_enabled()

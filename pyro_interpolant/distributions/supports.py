@@ -201,8 +201,8 @@ class BijectiveSupport(Support):
         if bool(inside.all()):
             real = self.bijection.inv(value)
             inside = torch.isfinite(real).all(-1)
-            if bool(inside.all()):
-                return real
+            if bool(inside.all()):  # bounds of another type do not make it one of values
+                return real.to(value.dtype) if value.is_floating_point() else real
         outside = f"of {inside.numel()} rows outside it or on its edge"
         raise ValueError(
             f"expected values strictly inside the support {self.constraint}, got "

@@ -269,7 +269,7 @@ def importance_of(
     drawn = weighted_draws(posterior, checked, count, deadline=deadline)
     if isinstance(posterior, InterpolantDistribution):
         rows = "guide.get_posterior(), guide.get_posterior().sample((256,))"
-        if posterior.transform.context is not None:
+        if posterior.transform.raw_context is not None:
             rows = "guide.posterior, rows, context=data"
         warn_coarse_solver(drawn.change, f"Call calibrate({rows})")
     return drawn

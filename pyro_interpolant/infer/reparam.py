@@ -96,7 +96,7 @@ class BaseSpace:
             if mark is None or name not in named:
                 continue
             flow, site, packed = mark
-            other = None if flow.transform.context is None else "a context"
+            other = None if flow.transform.raw_context is None else "a context"
             if other is None and not all(_has_map(run.get(name), flow) for run in runs):
                 other = "one that depends on other sites"
             if other is not None:

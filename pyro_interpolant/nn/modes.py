@@ -24,14 +24,14 @@ def _in_mode(network: nn.Module, *, train: bool) -> Iterator[None]:
             module.training = mode
 
 
-def fixed_weights(network: nn.Module) -> set[str]:
+def fixed_weights(network: nn.Module) -> list[str]:
     """Return the names of the weights frozen beside others that are not: no training moves them.
 
     A network may be frozen as a whole, as a trained one is; all its weights can be trained on.
     """
     weights = dict(network.named_parameters())
-    fixed = {name for name, p in weights.items() if not p.requires_grad}
-    return fixed if len(fixed) < len(weights) else set()
+    fixed = [name for name, p in weights.items() if not p.requires_grad]
+    return fixed if len(fixed) < len(weights) else []
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantD
 from ..distributions.report import Report
 from ..interpolants.couplings import independent
 from ..nn.modes import fixed_weights, trainable
-from ..solvers.ode import FixedGrid, Solver
+from ..solvers.ode import Solver
 from ..solvers.parallel import one_thread_each
 from ..transforms.flow import Flow
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
@@ -78,7 +78,7 @@ class FitResult(NamedTuple):
     stopped_by: str
     skipped: int
     seconds: float
-    solver: FixedGrid
+    solver: Solver
     report: Report | None
 
     def __repr__(self) -> str:
@@ -237,9 +237,17 @@ def fit(
     source = kind(distribution, data, validation, **given, flip=flip, anew=anew)
     process.check_same("table, by its checksum,", source.checksum, _SHARED_TABLE)
     with seeded(process.seed(seed)):
-        asked = [steps, max_seconds, learning_rate, weight_decay, batch_size, patience, ema, learn]
-        fixed = sorted(fixed_weights(flow.velocity))
-        asked += [seed, source.share, whiten, *["flip"] * flip, *fixed]
+        asked: list[Any] = [
+            steps,
+            max_seconds,
+            learning_rate,
+            weight_decay,
+            batch_size,
+            patience,
+            ema,
+            learn,
+        ]
+        asked += [seed, source.share, whiten, *["flip"] * flip, *fixed_weights(flow.velocity)]
         identity = [source.checksum, asked]
         if checkpoint is not None:  # it goes through all weights and samples
             identity += identity_of(flow, distribution.base, coupling, base_samples, validation)

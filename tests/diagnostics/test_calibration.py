@@ -25,6 +25,7 @@ from pyro_interpolant import (
     w2_bound,
 )
 from pyro_interpolant.diagnostics import SolverError, bits_per_dim, calibration
+from pyro_interpolant.solvers import RandomGrid
 
 
 def narrow_mixture(deviation=0.15):
@@ -51,6 +52,15 @@ def test_a_flow_that_does_nothing_needs_hardly_a_step():
     error = solver_error(distribution, torch.randn(50, 2))
     assert error.density_worst < 1e-12
     assert error.round_trip_worst < 1e-12
+
+
+@pytest.mark.parametrize("present", [Adaptive(), FixedGrid(7), RandomGrid(7)])
+def test_without_time_the_solver_is_the_one_before(present):
+    distribution = flow_of(VelocityMLP(2, (8, 8)), solver=present)
+    with pytest.warns(UserWarning, match="the solver, which is the one before"):
+        found = calibration.calibrate_until(0.0, distribution, torch.randn(50, 2), tolerance=0.1)
+    assert found == (present, None)
+    assert distribution.transform.solver is present
 
 
 @pytest.mark.parametrize("tolerance", slow_but([1e-1, 1e-2, 1e-4], 1e-1))

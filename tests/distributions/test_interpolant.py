@@ -759,8 +759,10 @@ def test_to_type_of_a_member_moves_its_context(base):
 
 def test_wrong_type_raises():
     d = InterpolantDistribution(random_flow(2))
-    with pytest.raises(ValueError, match=r"expected torch.float64, .* got torch.float32"):
-        d.log_prob(torch.zeros(3, 2, dtype=torch.float32))
+    for function in (d.log_prob, d.score):
+        for dtype in (torch.float32, torch.int64, torch.bool):
+            with pytest.raises(ValueError, match=f"expected torch.float64, .* got {dtype}"):
+                function(torch.zeros(3, 2, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float16])

@@ -9,6 +9,7 @@ from cases import SUPPORTS, random_flow
 from pyro.distributions import constraints
 from torch import nn
 
+import pyro_interpolant as pi
 from pyro_interpolant import (
     Geodesic,
     InterpolantDistribution,
@@ -314,3 +315,6 @@ def test_bounds_of_a_finer_type_than_the_flow():
         flow, support=constraints.interval(low.float(), low.float() + 1)
     ).freeze()
     assert torch.allclose(prior.log_prob(x), same.log_prob(x))
+    assert prior.to_flow(x).dtype == torch.float32
+    assert pi.solver_error(prior, x).density_mean < 1.0
+    assert pi.sample_sde(prior, x=x, steps=2).dtype == torch.float32
