@@ -95,31 +95,13 @@ class Measurements:
             row = row.to(like) if row.is_floating_point() else row.to(like.device)
         return dataclasses.replace(self, y=self.y.to(like), row=row)
 
-    def checked_event_shape(self, shape: Sequence[int] | None) -> Sequence[int] | None:
-        """Return the shape of an x, which beside Gaussian errors is that of a row of y.
-
-        Args:
-            shape: What was given, or None.
-
-        Raises:
-            ValueError: If it is another.
-        """
-        own = self.y.shape[1:]
-        if not self.is_gaussian():
-            return shape
-        if shape is not None and tuple(shape) != own:
-            raise ValueError(
-                f"expected the event_shape of y beside Gaussian errors, {tuple(own)}, got "
-                f"{tuple(shape)}: leave it out, or pass a function noise(x, row)"
-            )
-        return own
-
     def check_shape(self, shape: Sequence[int]) -> None:
         """Raise a ValueError unless latents of a shape are of that of y, where they must be."""
         if self.is_gaussian() and tuple(shape) != self.y.shape[1:]:
             raise ValueError(
                 "expected x and y of one shape beside Gaussian errors, "
-                f"{tuple(self.y.shape[1:])}, got x of {tuple(shape)}"
+                f"{tuple(self.y.shape[1:])}, got x of {tuple(shape)}: pass a function "
+                "noise(x, row), or leave event_shape out"
             )
 
     def check(self, x: Tensor) -> None:

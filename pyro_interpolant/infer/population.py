@@ -136,7 +136,9 @@ def from_noisy_samples(
     check_same_order(y=y, noise=noise, noise_data=noise_data, context=context)
     rows = measurements(y, noise, noise_data, columns)
     held, kept = held_out(rows_to_tell(rows.y), validation, seed)
-    event_shape = rows.checked_event_shape(event_shape)
+    if rows.is_gaussian():
+        event_shape = rows.y.shape[1:] if event_shape is None else event_shape
+        rows.check_shape(event_shape)
     with seeded(seed):
         constraint = shaped(support, event_shape)
         until = clock.moment(_MIXTURE_SHARE)

@@ -294,8 +294,6 @@ def tell_of_others(
         example: What :func:`example_of` gave of the other.
     """
     found = example_of(model, observed, nodes=nodes)
-    # Guides pickled by earlier versions know no densities.
-    found = {k: v for k, v in found.items() if k in example or not k.startswith(_DENSITY)}
     is_other = not is_alike(found, example)
     seen = {name: example[name] for name in observed if not is_sampled(nodes[name])}
     same_sizes = all(found[k].numel() == v.numel() for k, v in example.items() if k in found)

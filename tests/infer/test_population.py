@@ -1322,7 +1322,11 @@ def changed(x, index, value):
         ((Y - 100, SDS), {"support": constraints.positive}, "beside those held out, got 0"),
         ((Y, changed(SDS, (slice(None), 0), math.inf)), {}, "each column"),
         ((Y, SDS), {"support": pi.circular}, "angles"),
-        ((Y, SDS), {"event_shape": (2, 1)}, r"event_shape of y .*\(2,\), got \(2, 1\): leave"),
+        (
+            (Y, SDS),
+            {"event_shape": (2, 1)},
+            r"one shape .*\(2,\), got x of \(2, 1\): .* leave event_shape out",
+        ),
         ((Y, SDS), {"steps": 0}, "steps"),
         ((Y, SDS), {"max_seconds": 0.0}, "max_seconds"),
         ((Y, SDS), {"validation": 1.0}, "validation"),
