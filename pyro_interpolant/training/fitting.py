@@ -5,7 +5,6 @@ import dataclasses
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping
-from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -237,39 +236,30 @@ def fit(
     source = kind(distribution, data, validation, **given, flip=flip, anew=anew)
     process.check_same("table, by its checksum,", source.checksum, _SHARED_TABLE)
     with seeded(process.seed(seed)):
-        asked: list[Any] = [
-            steps,
-            max_seconds,
-            learning_rate,
-            weight_decay,
-            batch_size,
-            patience,
-            ema,
-            learn,
-        ]
-        asked += [seed, source.share, whiten, *["flip"] * flip, *fixed_weights(flow.velocity)]
-        identity = [source.checksum, asked]
+        asked = steps, max_seconds, learning_rate, weight_decay, batch_size, patience, ema, learn
+        more = seed, source.share, whiten, *["flip"] * flip, *fixed_weights(flow.velocity)
+        identity: list[Any] = [source.checksum, [*asked, *more]]
         if checkpoint is not None:  # it goes through all weights and samples
             identity += identity_of(flow, distribution.base, coupling, base_samples, validation)
         exact = source.exact and (process.world == 1 or not process.own_rows)
         state = open_checkpoint(checkpoint, checkpoint_every, identity, source.like, exact=exact)
         process.check_same("step to go on from", state and state.step, _SHARED_FILE)
-        split = source.split(process, batch_size, clock=clock, state=state, progress=progress)
+        before = state if state is not None and state.tensors else None
+        split = source.split(process, batch_size, clock=clock, state=before, progress=progress)
         with _restored_on_error(distribution):
             start_from(distribution, base_samples, split, source, process, anew=anew)
+            if learn == "velocity":
+                prepare_flow(
+                    distribution, split.kept, before, process, keep=not whiten, at_random=at_random
+                )
             seen, unseen = distribution.white_base().split(source.share or DEFAULT_SHARE)
-            exponent = exponent_of(flow, seen, learn, state)
-            aim = partial(Objective, target=learn, exponent=exponent, means=takes_means(state))
-            density = HeldOutDensity(distribution, split) if learn == "velocity" else None
-            if density is not None:
-                flow.noise = flow.noise if flow.independent == at_random else None
-                flow.independent, flow.reached = at_random, None
-                prepare_flow(distribution, split.kept, state, process, keep=not whiten)
-            objective = aim(flow, seen, coupling, process)
+            exponent, means = exponent_of(flow, seen, learn, before), takes_means(before)
+            objective = Objective(
+                flow, seen, coupling, process, target=learn, exponent=exponent, means=means
+            )
             near = objective.without_outliers(split.held)
             fixed = objective.fixed_points(near, unseen, split.size)
-            if density is not None:
-                density.near = near
+            density = HeldOutDensity(distribution, split, near) if learn == "velocity" else None
         source.names.give_to(distribution)
         with trainable(objective.network), _naming_rows(source, objective):
             batches = source.batches(split, objective)
@@ -432,7 +422,7 @@ def _finish(run: Run, density: HeldOutDensity, tolerance: float, *, progress: bo
     process, deadline = run.process, run.clock.deadline()
     distribution, progress = density.distribution, progress and process.rank == 0
     taken = run.seconds(), run.monitor.selection.kept_step, run.descent.steps
-    report = Report(distribution.transform.flow.event_dim, density.rows, *taken)
+    report = Report(distribution.transform.flow.event_dim, density.split.rows, *taken)
     distribution.report = report
     few = density.near.evenly(_CALIBRATION_ROWS)
     rows = few.w.to(distribution.transform.flow.loc)
@@ -464,7 +454,8 @@ def _finish(run: Run, density: HeldOutDensity, tolerance: float, *, progress: bo
             tell(repr(report))
         if process.rank == 0 and not images:
             with attempted("comparing draws", progress=False):
-                warn_if_draws_differ(distribution, density.held, density.kept, deadline)
+                held, kept = density.split[:2]
+                warn_if_draws_differ(distribution, held, kept, deadline)
     except KeyboardInterrupt:
         if process.world > 1:  # no other process may be where this one is
             raise

@@ -185,14 +185,14 @@ def exponent_of(flow: Flow, base: WhitenedBase, target: Target, state: Checkpoin
         target: What is trained.
         state: What the run goes on from, if anything: at the times that it began with.
     """
-    if state is not None and state.tensors:
+    if state is not None:
         return state.numbers.get("time_exponent", 1.0)  # states of version 0.1.0 have none
     return time_exponent(flow.velocity) if base.base is None and target == "velocity" else 1.0
 
 
 def takes_means(state: Checkpoint | None) -> bool:
     """Return whether rates are means over rows, or what a run goes on from began without."""
-    return state is None or not state.tensors or bool(state.numbers.get("means", False))
+    return state is None or bool(state.numbers.get("means", False))
 
 
 class Objective(nn.Module):

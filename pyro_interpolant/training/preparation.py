@@ -61,10 +61,12 @@ def prepare_flow(
     process: Process,
     *,
     keep: bool,
+    at_random: bool,
 ) -> None:
     """Prepare a flow for the rows that it is trained on: its levels, whitening and scales.
 
-    What an earlier run measured is dropped: it will not hold.
+    What an earlier run measured is dropped: it will not hold. So is the noise that it learned for
+    another map, or of other pairs.
 
     Args:
         distribution: The distribution of the flow.
@@ -72,12 +74,14 @@ def prepare_flow(
         state: What the run goes on from, if anything: its weights know the map that they began
             with, which other rows, drawn anew, would set a little differently.
         process: This process, or one of several, which agree on the map.
-        keep: Whether to keep the present map, and the noise that was learned.
+        keep: Whether to keep the present map.
+        at_random: Whether base and data are paired at random.
     """
     flow, distribution.report = distribution.transform.flow, None
     flow.levels = None if rows.w.is_floating_point() else LEVELS
-    if not keep:
+    if not keep or flow.independent != at_random:
         flow.noise = None
+    flow.independent, flow.reached = at_random, None
     set_whitening(distribution, rows, keep=keep)
     restore_buffers(flow, state)
     process.agree(flow.buffers())

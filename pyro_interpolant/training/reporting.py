@@ -141,18 +141,16 @@ class HeldOutDensity:
     Args:
         distribution: What is trained.
         split: The rows held out, and those to train on, in the flow's coordinates.
+        near: The rows held out, without outliers.
 
     Attributes:
-        rows: The number of all rows of the split, of rows that weigh as much.
-        held, kept: The rows held out, and those to train on.
-        near: The rows held out, from which those that judge are taken; without outliers, once the
-            flow's map is set, which tells of them.
+        judging: The rows whose scores choose the weights of a run.
     """
 
-    def __init__(self, distribution: AnyDistribution, split: Split) -> None:
-        self.distribution, self.held, self.kept = distribution, split.held, split.kept
-        self.near = split.held
-        self.rows = split.rows
+    def __init__(self, distribution: AnyDistribution, split: Split, near: Rows) -> None:
+        self.distribution, self.split, self.near = distribution, split, near
+        count = max(2, _JUDGED_NUMBERS // near.w.shape[1])
+        self.judging = near.evenly(min(_JUDGED_ROWS, count))
         images = is_image(distribution.row_shape)
         self.normal = None if images else reference(distribution, split.kept)
         self.name = "uniform" if isinstance(distribution.space, CircularSupport) else GAUSSIAN
@@ -161,12 +159,6 @@ class HeldOutDensity:
         self.judges = self.is_known and not self.has_bounds
         self.last: Scores | None = None  # of the rows that judge
         self.against: float | None = None  # the Gaussian's mean of these
-
-    @property
-    def judging(self) -> Rows:
-        """The rows whose scores choose the weights of a run."""
-        count = max(2, _JUDGED_NUMBERS // self.near.w.shape[1])
-        return self.near.evenly(min(_JUDGED_ROWS, count))
 
     def go_on(self, best: Tensor | None, *, judges: bool) -> None:
         """Judge on by what a run began with: scores of two kinds cannot be compared.
@@ -223,7 +215,7 @@ class HeldOutDensity:
         """
         if not self.is_known:
             return report
-        began, rows = time.monotonic(), self.held.evenly(_REPORTED_ROWS)
+        began, rows = time.monotonic(), self.split.held.evenly(_REPORTED_ROWS)
         count, first = len(rows.w), min(_FIRST_ROWS, len(rows.w))
         found = self._means(rows.evenly(first))  # rows may come in an order
         pace = (time.monotonic() - began) / first
@@ -260,7 +252,7 @@ class HeldOutDensity:
     @functools.cached_property
     def _shared(self) -> Tensor:
         """The keys that rows share by chance, as all tell: copies are a large share of few."""
-        rows = self.kept.and_given(self.held)
+        rows = self.split.kept.and_given(self.split.held)
         return shared_keys(rows, keys_of(rows))
 
 

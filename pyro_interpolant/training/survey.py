@@ -229,7 +229,7 @@ def surveyed(state: Checkpoint | None, rank: int = 0) -> Surveyed | None:
     Raises:
         ValueError: If the state does not tell.
     """
-    if state is None or not state.tensors:
+    if state is None:
         return None
     found = state.numbers["batches"].get("surveyed")
     if not isinstance(found, list):

@@ -43,11 +43,13 @@ class _FlowHolder(nn.Module):
         flow: Velocity and whitening map.
         solver: How paths are integrated.
         divergence: How the log-determinant's rate is computed.
+        trains_weights: Whether gradients through it may be those of a training.
     """
 
     flow: Flow
     solver: Solver
     divergence: Divergence
+    trains_weights: bool = True
 
     def __init__(
         self,
@@ -131,7 +133,6 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
     raw_context: Tensor | None = None
     embeds: bool = True  # whether that is to be embedded, by a velocity that does so
     end: float = 1.0
-    trains_weights: bool = True  # whether gradients through it may be those of a training
 
     __repr__ = nn.Module.__repr__
 
@@ -143,6 +144,7 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
         view = cls.__new__(cls)
         view._choose(owner.solver, owner.divergence)
         view.__dict__.update(flow=owner.flow, raw_context=context, embeds=embeds, end=end)
+        view.trains_weights = owner.trains_weights
         view.training = owner.flow.training
         return view
 

@@ -250,9 +250,10 @@ def test_the_jacobian_of_a_value_held_constant_has_no_gradient():
 def test_its_posterior_is_read_at_the_nodes_of_its_solver():
     guide = small()
     x = torch.randn(4, guide.latent_dim)
-    with torch.no_grad():
-        expected = guide.posterior.log_prob(x)
-    torch.testing.assert_close(guide.posterior.log_prob(x).detach(), expected)
+    for posterior in (guide.posterior, guide.posterior.at(1.0), guide.posterior.at(0.7)):
+        with torch.no_grad():
+            expected = posterior.log_prob(x)
+        torch.testing.assert_close(posterior.log_prob(x).detach(), expected)
     random = guide.get_posterior().log_prob(x).detach()
     with torch.no_grad():
         at_its_own = guide.get_posterior().log_prob(x)
