@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._package import needing
 from .._torch import is_functional, needs_graph
 from .elementary import Elementary
 from .velocity import expanded
@@ -225,12 +226,8 @@ def _diffusers_unet() -> Any:
     Raises:
         ImportError: If there is none.
     """
-    try:
+    with needing("UNet", "diffusers"):
         from diffusers.models.unets.unet_2d import UNet2DModel
-    except ImportError as error:
-        raise ImportError(
-            "UNet needs diffusers: pip install diffusers, or give ImageVelocity another network"
-        ) from error
     return UNet2DModel
 
 

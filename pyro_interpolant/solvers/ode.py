@@ -19,7 +19,7 @@ all its times in advance can share work between them.
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -108,6 +108,11 @@ class _RungeKutta:
             x = _step(x, h, b, slopes)
             states.append(x)
         return torch.stack(states)
+
+
+def takes_own_steps(solver: object) -> TypeGuard[_RungeKutta]:
+    """Return whether a solver takes the steps written here: none of the user's, nor adaptive."""
+    return getattr(type(solver), "solve", None) is _RungeKutta.solve
 
 
 def _step(

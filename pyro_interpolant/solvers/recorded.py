@@ -20,10 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from .._torch import constant, is_batch_of_gradients, is_for_numpy, is_functional, needs_graph
+from .._torch import (
+    constant,
+    current_trace,
+    is_batch_of_gradients,
+    is_for_numpy,
+    is_functional,
+    needs_graph,
+)
 from ..nn.record import Array, MLPRecord, Record, rows_at_once
 from ..nn.velocity import StateFunction, record
-from .ode import FixedGrid
+from .ode import FixedGrid, takes_own_steps
 from .tableaus import TABLEAUS
 
 _Values = TypeVar("_Values", Array, Tensor)
@@ -72,10 +79,9 @@ def traced_solve(velocity: nn.Module, solver: object, x: Tensor, times: Tensor) 
         are not recorded.
     """
     if (
-        torch._C._get_tracing_state() is None
+        current_trace() is None
         or is_functional()
-        or not isinstance(solver, FixedGrid)
-        or type(solver).solve is not FixedGrid.solve
+        or not (isinstance(solver, FixedGrid) and takes_own_steps(solver))
         or solver.checkpoint
         or any(p.requires_grad for p in velocity.parameters())
     ):

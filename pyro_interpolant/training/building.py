@@ -41,7 +41,7 @@ from ..distributions.supports import CircularSupport, Support, support_of
 from ..interpolants.couplings import optimal_transport
 from ..interpolants.linear import Interpolant, Linear
 from ..nn.unet import UNet
-from ..nn.velocity import copied
+from ..nn.velocity import copied, size_of
 from ..solvers.divergence import HutchinsonDivergence
 from ..solvers.parallel import one_thread_each
 from ..transforms.gaussianize import Gaussianized, RadialTransform
@@ -152,7 +152,7 @@ def from_samples(
                 "expected contexts beside a table of rows, got them beside an iterable: build a "
                 "ConditionalInterpolantDistribution and fit it on batches (rows, contexts)"
             )
-        conditional = bool(getattr(network, "classes", 0))
+        conditional = network is not None and bool(size_of(network, "classes"))
         with seeded(seed):
             first, rows = first_rows(x, conditional=conditional, scalars=_are_scalars(event_shape))
         columns = names_of(first)  # of a frame, by which those of the batches to come are taken
@@ -296,7 +296,7 @@ def contexts_for(
             f"{FLOATED}"
         )
     if network is not None and classes:
-        own = getattr(network, "classes", 0)
+        own = size_of(network, "classes") or 0
         if not own:
             if progress:
                 tell(f"labels of {classes} classes are one-hot for a network without `classes`")

@@ -249,9 +249,8 @@ def fit(
         with _restored_on_error(distribution):
             start_from(distribution, base_samples, split, source, process, anew=anew)
             if learn == "velocity":
-                prepare_flow(
-                    distribution, split.kept, before, process, keep=not whiten, at_random=at_random
-                )
+                choices = {"keep": not whiten, "at_random": at_random}
+                prepare_flow(distribution, split.kept, before, process, **choices)
             seen, unseen = distribution.white_base().split(source.share or DEFAULT_SHARE)
             exponent, means = exponent_of(flow, seen, learn, before), takes_means(before)
             objective = Objective(

@@ -366,7 +366,7 @@ class Run:
                 self._say_why(progress=progress)
 
     def outcome(self) -> tuple[Any, ...]:
-        """Return what :class:`~pyro_interpolant.training.FitResult` says, all but the solver."""
+        """Return the fields of :class:`~pyro_interpolant.training.FitResult` before the solver."""
         seen = self.monitor
         losses = seen.steps, seen.losses, seen.held_losses, seen.selection.kept_step
         return *losses, self.done < 1, self.ended, self.descent.skipped, self.seconds()

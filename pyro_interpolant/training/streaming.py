@@ -78,7 +78,7 @@ class Stream:
 
     Attributes:
         names: As of a table.
-        given_names: None, for each batch may have its columns in another order.
+        given_names: None of any, for each batch may have its columns in another order.
         checksum: That of rows held out that a user gave, else None: what a stream gives is not
             known before.
         surveyed: What a first pass went through, known once the rows are split, as what follows.

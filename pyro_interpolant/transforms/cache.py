@@ -100,7 +100,7 @@ class IdentityCache:
         if not found:
             return None
         sources, key = known()
-        if _any_functorch(sources) or _any_dual(sources):
+        if _are_transformed(sources):
             return None
         for entry in reversed(found):
             by_input = y is None if entry.forward else x is None
@@ -120,7 +120,7 @@ class IdentityCache:
             return
         self._last = weakref.ref(entry.x), weakref.ref(entry.y), entry.forward
         tensors = entry.x, entry.y, *sources
-        if _any_functorch(tensors) or _any_dual(tensors):
+        if _are_transformed(tensors):
             return
         entry.token = _token(entry, sources, key)
         output = entry.y if entry.forward else entry.x
@@ -155,14 +155,9 @@ class IdentityCache:
         return [s.detach().clone() for s in tensors]
 
 
-def _any_functorch(tensors: Sequence[Tensor]) -> bool:
-    """Return whether a tensor lives inside ``torch.func.grad``, ``vmap`` or their kind."""
-    return any(is_functorch_tensor(s) for s in tensors)
-
-
-def _any_dual(tensors: Sequence[Tensor]) -> bool:
-    """Return whether a tensor has a tangent, which neither its version nor its address tells."""
-    return any(has_tangent(s) for s in tensors)
+def _are_transformed(tensors: Sequence[Tensor]) -> bool:
+    """Return whether a tensor is of ``torch.func``, or has a tangent, which no version tells."""
+    return any(is_functorch_tensor(s) or has_tangent(s) for s in tensors)
 
 
 def _is_valid(entry: Entry, sources: Sequence[Tensor], key: Hashable) -> bool:

@@ -49,9 +49,9 @@ from ..solvers.divergence import Divergence, ExactDivergence
 from ..solvers.ode import (
     Adaptive,
     FixedGrid,
-    RandomGrid,
     Solver,
     random_nodes,
+    takes_own_steps,
     through_nodes,
 )
 from ..solvers.parallel import side_by_side, threads_at_once
@@ -314,11 +314,7 @@ class Flow(nn.Module):
             at = times.to(white).reshape(-1, *[1] * (white.dim() - 1))
             rate = partial(evaluate, self.velocity, at, context=path.context)
             return through_nodes(solve, rate, q, white)
-        if (
-            isinstance(solver, FixedGrid | RandomGrid)
-            and type(solver).solve is FixedGrid.solve  # what is recorded; not one of the user's
-            and not (solver.checkpoint or is_tracing())
-        ):
+        if takes_own_steps(solver) and not (solver.checkpoint or is_tracing()):
             at = stage_times(times, solver.method).to(white)
             with torch.no_grad():
                 kept = record(self.velocity, at, white, path.context)
@@ -413,7 +409,7 @@ class Flow(nn.Module):
             and white.numel() > _ROWS_APART * self.event_dim
             and images_at_once(self.velocity) is None
             and keeps_nothing(self.velocity)
-            and getattr(type(path.solver), "solve", None) is FixedGrid.solve
+            and takes_own_steps(path.solver)
             and not (is_transformed() or torch.is_autocast_enabled(white.device.type))
         )
         return threads_at_once() if is_apart else 1
