@@ -30,6 +30,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from _cells import Cells
 from pyro.distributions import TorchDistribution, constraints
 from torchdiffeq import odeint
 
@@ -258,7 +259,7 @@ def ours(task, density, cell):
         begin = time.monotonic()
         guide.condition(y=like).sample((10_000,))
         found["draws"] = time.monotonic() - begin
-        check = guide.calibration(like, count=cell["sbc"]).sbc
+        check = guide.calibration(like, count=cell["data_sets"]).sbc
         found |= {"sbc": float(check.distances.max()), "band": check.band}
         numbers, weighed = [], []
         for i in cell["observations"]:
@@ -302,18 +303,12 @@ def peer(task, cell):
 
 
 def run(cell):
-    """Run one cell in this process."""
+    """Run one cell in this process, and return what is found."""
     torch.set_num_threads(cell["threads"])
     np.random.seed(cell["seed"])
     torch.manual_seed(cell["seed"])
     task, density = load_task(cell["task"])
-    found = ours(task, density, cell) if cell["method"] == "ours" else peer(task, cell)
-    return {**cell, **found}
-
-
-def key(cell):
-    names = ("task", "simulations", "method", "seed", "seconds", "fit")
-    return json.dumps([cell[name] for name in names])
+    return ours(task, density, cell) if cell["method"] == "ours" else peer(task, cell)
 
 
 def table(lines):
@@ -351,12 +346,10 @@ def main():
     if args.cell:
         print("\n" + json.dumps(run(args.cell)))  # on a line of its own: sbi's last one has no end
         return
-    done = []
-    if args.out.exists() and not args.smoke:
-        done = [json.loads(line) for line in args.out.read_text().splitlines()]
     if args.smoke:
-        args.tasks, args.simulations, args.observations = ["toy"], [500], 1
+        args.out, args.tasks, args.simulations, args.observations = None, ["toy"], [500], 1
         args.fit, args.seconds, args.threads = {"steps": 20}, 30.0, 1
+    done, lines = Cells(args.out), []
     for task in args.tasks:
         for count in args.simulations:
             for method in args.methods:
@@ -365,20 +358,17 @@ def main():
                     "seconds": args.seconds or SECONDS.get(count, 600.0), "fit": args.fit,
                     "observations": list(range(1, args.observations + 1)),
                     "threads": args.threads,
-                    "sbc": 50 if args.smoke else args.data_sets,
+                    "data_sets": 50 if args.smoke else args.data_sets,
                     "proposals": 1000 if args.smoke else PROPOSALS,
                 }  # fmt: skip
-                if key(cell) in map(key, done):
-                    continue
-                command = [sys.executable, __file__, "--cell", json.dumps(cell)]
-                out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                line = json.loads(out.stdout.splitlines()[-1])
-                done.append(line)
-                if not args.smoke:
-                    with args.out.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-                table([line])
-    table(done)
+                line = done.find(cell)
+                if line is None:
+                    command = [sys.executable, __file__, "--cell", json.dumps(cell)]
+                    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                    line = done.add(cell, json.loads(out.stdout.splitlines()[-1]))
+                    table([line])
+                lines.append(line)
+    table(lines)
 
 
 if __name__ == "__main__":

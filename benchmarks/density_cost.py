@@ -24,6 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from _cells import Cells
+
 _CNF = tuple(
     f"{library}, {divergence}"
     for library in ("zuko CNF", "torchcfm", "flow_matching")
@@ -78,32 +80,26 @@ def _command(args, cell, dim, network):
     return [sys.executable, os.path.abspath(__file__), "--cell", cell, *flags, *hidden]
 
 
-class Lines:
-    """The finished cells, one JSON line each, of one configuration."""
+class Lines(Cells):
+    """The finished cells of one configuration, by dimension, peer, setting and operation."""
 
-    def __init__(self, path, config):
-        self.path, self.config, self.cells = path, config, {}
-        if path.exists():
-            for text in path.read_text().splitlines():
-                line = json.loads(text)
-                if line["config"] == config:
-                    self.cells[self.key(line)] = line
+    def __init__(self, args):
+        super().__init__(args.out)
+        self.network = f"{'x'.join(map(str, args.hidden))}-{args.steps}-{args.rows}-{args.threads}"
+        self.config = {"config": self.network, "cell_seconds": args.cell_seconds}
+        self.config["most_repeats"] = args.repeats
 
-    @staticmethod
-    def key(line):
+    def asked(self, dim, peer, setting, op):
         """Return what tells a cell from another."""
-        return line["dim"], line["peer"], line.get("setting", ""), line["op"]
+        return {"dim": dim, "peer": peer, "setting": setting, "op": op, **self.config}
 
-    def add(self, **line):
-        """Keep a finished cell, and write it."""
-        line["config"] = self.config
-        self.cells[self.key(line)] = line
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    def cell(self, *key):
+        """Return a finished cell, or an empty dictionary."""
+        return self.find(self.asked(*key)) or {}
 
     def get(self, dim, peer, setting, op, field="ms"):
         """Return a field of a finished cell, or None."""
-        return self.cells.get((dim, peer, setting, op), {}).get(field)
+        return self.cell(dim, peer, setting, op).get(field)
 
 
 def wanted(args, dim):
@@ -125,11 +121,11 @@ def wanted(args, dim):
 
 def run(dim, args, lines):
     """Measure what is missing of one dimension."""
-    missing = [c for c in wanted(args, dim) if (dim, *c) not in lines.cells]
+    missing = [c for c in wanted(args, dim) if not lines.cell(dim, *c)]
     if not missing:
         return
     start = time.perf_counter()
-    network = lines.path.with_name(f"{lines.path.stem}_{dim}_{lines.config}.safetensors")
+    network = lines.path.with_name(f"{lines.path.stem}_{dim}_{lines.network}.safetensors")
     if not network.with_suffix(".npz").exists():
         subprocess.run(_command(args, "prepare", dim, network), check=True)
     said(f"D = {dim}: trained after {time.perf_counter() - start:.0f} s")
@@ -154,7 +150,7 @@ def run(dim, args, lines):
 
 def match(dim, peer, child, default, lines):
     """Return the matched setting of a peer, measuring memory and errors on the way."""
-    if (dim, peer, "", "match") not in lines.cells:
+    if not lines.cell(dim, peer, "", "match"):
         # First of all: a peak never falls, and the search below goes to tight tolerances.
         first = child.ask(do="time", op="log_prob", setting=default)
         report = child.ask(do="match")
@@ -163,7 +159,7 @@ def match(dim, peer, child, default, lines):
             if report.get(setting) is not None:
                 answer = child.ask(do="error", setting=report[setting])
                 report[f"{setting}_error"] = answer.get("error")
-        lines.add(dim=dim, peer=peer, op="match", **report)
+        lines.add(lines.asked(dim, peer, "", "match"), report)
     return {"matched": lines.get(dim, peer, "", "match", "matched")}
 
 
@@ -186,21 +182,16 @@ def rounds(dim, missing, children, settings, args, lines):
             if "ms" in answers[cell]:
                 spent.append(answers[cell]["ms"])
     for cell in missing:
-        answer, spent, (_, _, op) = answers.get(cell), times[cell], cell
-        ours = statistics.median(times[base(op)]) if times[base(op)] else None
-        line = {"dim": dim, "peer": cell[0], "setting": cell[1], "op": op, "ours_ms": ours}
+        answer, spent, first = answers.get(cell), times[cell], times[base(cell[2])]
+        found = {"ours_ms": statistics.median(first) if first else None}
         if answer is None or "failed" in answer:
             reason = (answer or settings[cell[0]]).get("failed", "no setting within tolerance")
-            said(f"  {cell[0]}, {cell[1]}, {op}: {reason}")
-            lines.add(**line, failed=reason)
+            said(f"  {', '.join(cell)}: {reason}")
+            found["failed"] = reason
         else:
-            lines.add(
-                **line,
-                ms=statistics.median(spent),
-                repeats=len(spent),
-                spread=[min(spent), max(spent)],
-                memory=answer["memory"],
-            )
+            found |= {"ms": statistics.median(spent), "repeats": len(spent)}
+            found |= {"spread": [min(spent), max(spent)], "memory": answer["memory"]}
+        lines.add(lines.asked(dim, *cell), found)
 
 
 def said(text):
@@ -227,7 +218,7 @@ def table(dim, args, lines):
     heads = ("", "setting", "error, nats", "probe sd", *_OPS, "MiB, log_prob", "MiB, all")
     out = [f"\n### D = {dim}, {task}\n", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for peer in args.peers:
-        known = lines.cells.get((dim, peer, "", "match"), {})
+        known = lines.cell(dim, peer, "", "match")
         for setting in _SETTINGS:
             chosen = known.get(setting)
             if chosen is None:
@@ -364,8 +355,7 @@ def main():
         said("D = 63 is skipped: no bsds300_8x8_uint8.npz in --data")
         args.dims = [dim for dim in args.dims if dim != 63]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    config = f"{'x'.join(map(str, args.hidden))}-{args.steps}-{args.rows}-{args.threads}"
-    lines = Lines(args.out, config)
+    lines = Lines(args)
     for dim in args.dims:
         run(dim, args, lines)
     text = [*header(args)]
@@ -374,7 +364,7 @@ def main():
     print("\n".join(text + targets(args, lines)))
     if scratch:
         scratch.cleanup()
-        own = [line for line in lines.cells.values() if line["peer"] == "ours"]
+        own = [line for line in lines.lines if line["peer"] == "ours"]
         raise SystemExit(not own or any("failed" in line for line in own))
 
 

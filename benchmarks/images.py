@@ -31,6 +31,7 @@ import zlib
 from pathlib import Path
 
 import torch
+from _cells import Cells
 from _images import METHODS, RECIPES, classifier_of, fid, load
 from _peers import memory
 from step_cost import ratios
@@ -72,7 +73,7 @@ def quality(cell, folder):
     found |= {"fid": fid(images.test, samples, classifier), "accuracy": accuracy}
     found["fid_train"] = fid(images.test, images.train, classifier)
     if cell["inception"]:
-        found["inception"] = fid(images.test, samples, 2048)
+        found["fid_inception"] = fid(images.test, samples, 2048)
     if trained.density is not None:
         shape = trained.density.event_shape
         levels = images.test[: cell["bits_images"]].reshape(-1, *shape).to(cell["device"])
@@ -174,21 +175,6 @@ def cells(args):
                 }  # fmt: skip
 
 
-def key(cell):
-    """Return what tells cells apart."""
-    names = ("what", "recipe", "method", "seed", "minutes", "rate", "batch", "fit", "images")
-    names += ("threads", "device", "data", "samples", "bits_images", "inception", "looks")
-    return json.dumps([cell.get(name) for name in names])
-
-
-def finished(file):
-    """Return the lines of finished cells, by key."""
-    if not file.exists():
-        return {}
-    lines = [json.loads(text) for text in file.read_text().splitlines()]
-    return {key(line): line for line in lines}
-
-
 def table(lines):
     """Return Markdown tables of lines of one recipe or several."""
     out = []
@@ -245,17 +231,16 @@ def table(lines):
 
 
 def run(cell, out):
-    """Run one cell in this process, and return its line."""
+    """Run one cell in this process, and return what is found."""
     torch.set_num_threads(cell["threads"])
     name = f"{cell['recipe']}-{cell['method'].split(',')[0]}-{cell['seed']}".replace(" ", "_")
-    folder = out.with_suffix("") / f"{name}-{zlib.crc32(key(cell).encode()):08x}"
+    folder = out.with_suffix("") / f"{name}-{zlib.crc32(json.dumps(cell).encode()):08x}"
     folder.mkdir(parents=True, exist_ok=True)
-    found = WHAT[cell["what"]](cell, folder)
-    return {**cell, **found}
+    return WHAT[cell["what"]](cell, folder)
 
 
 def run_apart(cell, out):
-    """Run one cell in a process of its own, and return its line, or None where it failed."""
+    """Run one cell in a process of its own; return what is found, or None where it failed."""
     command = [sys.executable, __file__, "--out", str(out), "--cell", json.dumps(cell)]
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if child.returncode:
@@ -305,17 +290,18 @@ def main():
         args.what, args.recipe, args.seeds = list(WHAT), "digits", [0]
         args.minutes, args.samples, args.bits, args.epochs = 0.02, 100, 8, 1
         args.rows, args.looks, args.between = ["8 x 8, a step"], 2, 1
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    done, lines = Cells(args.out), []
     for cell in cells(args):
-        if key(cell) in finished(args.out):
-            continue
-        line = (run if args.smoke else run_apart)(cell, args.out)
-        if line is not None:
-            with args.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        line = done.find(cell)
+        if line is None:
+            found = (run if args.smoke else run_apart)(cell, args.out)
+            if found is None:
+                continue
+            line = done.add(cell, found)
             print(table([line]), file=sys.stderr, flush=True)
+        lines.append(line)
     print(f"{args.threads} threads, {platform.machine()}, torch {torch.__version__}.\n")
-    print(table(list(finished(args.out).values())))
+    print(table(lines))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from _cells import Cells
 
 import pyro_interpolant as pi
 
@@ -325,16 +326,17 @@ def run_cell(args, task, method, seed):
     }
 
 
-def table(done):
+def table(lines):
     """Return a Markdown table of the finished cells."""
     columns = ("lost", "stderr", "energy", "floor", "pit", "bad_k_hat", "seconds")
     heads = ("log p(y) - truth's", "its error", "energy distance", "of the truth itself")
     heads += ("PIT / band", "k-hat > 0.7", "seconds")
-    lines = [f"| population | method | seed | {' | '.join(heads)} |", "| --- " * 10 + "|"]
-    for (task, method, seed), found in sorted(done.items()):
-        cells = [f"{found[c]:.4g}" if c in found else "" for c in columns]
-        lines.append(f"| {task} | {method} | {seed} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    out = [f"| population | method | seed | {' | '.join(heads)} |", "| --- " * 10 + "|"]
+    for line in sorted(lines, key=lambda line: [line[c] for c in ("task", "method", "seed")]):
+        cells = [str(line[c]) for c in ("task", "method", "seed")]
+        cells += [f"{line[c]:.4g}" if c in line else "" for c in columns]
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)
 
 
 def main():
@@ -354,22 +356,20 @@ def main():
     torch.set_num_threads(args.threads)
     if args.smoke:
         args.rows, args.held, args.sample, args.draws, args.seeds = 300, 50, 500, 100, 1
-        args.tasks, args.methods, args.out = args.tasks[-1:], args.methods[:1], Path("smoke.jsonl")
-    lines = args.out.read_text().splitlines() if args.out.exists() and not args.smoke else []
-    done = {(r["task"], r["method"], r["seed"]): r for r in map(json.loads, lines)}
+        args.tasks, args.methods, args.out = args.tasks[-1:], args.methods[:1], None
+    names = ("minutes", "rows", "held", "sample", "draws", "threads")
+    settings = {name: getattr(args, name) for name in names}
+    done, lines = Cells(args.out), []
     for seed in range(args.seeds):
         for task in args.tasks:
             for method in args.methods:
-                if (task, method, seed) in done:
-                    continue
-                found = run_cell(args, task, method, seed)
-                done[task, method, seed] = found
-                line = {"task": task, "method": method, "seed": seed, **found}
-                print(json.dumps(line), flush=True)
-                if not args.smoke:
-                    with args.out.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-    print(table(done))
+                asked = {"task": task, "method": method, "seed": seed, **settings}
+                line = done.find(asked)
+                if line is None:
+                    line = done.add(asked, run_cell(args, task, method, seed))
+                    print(json.dumps(line), flush=True)
+                lines.append(line)
+    print(table(lines))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import time
 import warnings
 from pathlib import Path
 
+from _cells import Cells
 from _posteriors import FILES, load
 
 METHODS = ("AutoNormal", "AutoMultivariateNormal", "AutoIAFNormal", "zuko NSF", "SVI", "fit_guide")
@@ -354,14 +355,16 @@ def run_cell(args):
 
 
 def cells(args):
-    """Return what is wanted: (task, method)."""
+    """Return what is wanted, as dictionaries."""
+    common = {f"asked_{k}": getattr(args, k) for k in ("seconds", "threads", "seed", "rows")}
     for task in args.tasks:
         for method in args.methods:
             if method != TWIN or task in IN_NUMPYRO:
-                yield task, method
+                yield {"task": task, "method": method, **common}
+    common["asked_nuts_samples"] = args.nuts_samples
     for task in args.nuts_tasks:
         for method in SAMPLERS:
-            yield task, method
+            yield {"task": task, "method": method, **common}
 
 
 def number(value, digits=2):
@@ -394,7 +397,7 @@ def tables(done, args):
             v = done.get((task, method))
             if v is not None:
                 names = "ess_per_second", "ess_per_1000_gradients", "ess", "seconds"
-                few = [number(v.get(k)) for k in names]  # lines of before know no gradients
+                few = [number(v[k]) for k in names]
                 few += [number(v["r_hat"], 3), number(v["mean"]), number(v["prepared"], 0)]
                 out.append(f"| {task} | {method} | " + " | ".join(few) + " |")
     return "\n".join(out)
@@ -441,16 +444,11 @@ def main():
             if t not in FILES or (args.data / f"{FILES[t]}.npz").exists()
         ]
         setattr(args, name, there)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    done, settings = {}, {k: getattr(args, k) for k in ("seconds", "threads", "seed", "rows")}
-    settings = {f"asked_{k}": v for k, v in settings.items()}
-    if args.out.exists():
-        for text in args.out.read_text().splitlines():
-            line = json.loads(text)
-            if all(line[k] == v for k, v in settings.items()):
-                done[line["task"], line["method"]] = line
-    for task, method in cells(args):
-        if (task, method) in done:
+    finished, done = Cells(args.out), {}
+    for cell in cells(args):
+        task, method = cell["task"], cell["method"]
+        if line := finished.find(cell):
+            done[task, method] = line
             continue
         command = [sys.executable, __file__, "--cell", method, "--task", task]
         for name in ("seconds", "threads", "seed", "rows", "data", "nuts_samples"):
@@ -464,11 +462,8 @@ def main():
                 raise SystemExit(failed)
             print(failed, file=sys.stderr, flush=True)
             continue
-        line = {"task": task, "method": method, **settings}
-        line |= json.loads(child.stdout.splitlines()[-1])
+        line = finished.add(cell, json.loads(child.stdout.splitlines()[-1]))
         done[task, method] = line
-        with args.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
         print(f"{task}, {method}: {line}", file=sys.stderr, flush=True)
     print(f"{args.seconds:g} s each, {args.threads} threads, {platform.machine()}.\n")
     print(tables(done, args))

@@ -10,12 +10,12 @@ nothing to learn.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from _cells import Cells
 from tabular import load
 
 import pyro_interpolant as pi
@@ -52,15 +52,13 @@ def rows_of(task, folder):
 
 
 def run(task, folder, seed, options):
-    """Return one line: what a run took, and what came of it."""
+    """Return what a run took, and what came of it."""
     train, test = rows_of(task, folder)
     looks, start = [], time.process_time()
     flow = pi.from_samples(train, seed=seed, progress=False, callback=looks.append, **options)
     seconds = time.process_time() - start
     nats = torch.cat([flow.log_prob(rows) for rows in test[:10_000].split(2000)]).double()
     return {
-        "task": task,
-        "seed": seed,
         "rows": len(train),
         "dim": train.shape[1],
         "steps": looks[-1].step,
@@ -103,21 +101,15 @@ def main():
     options, tasks, seeds = {}, args.tasks, range(args.seeds)
     if args.smoke:
         options, tasks, seeds = {"steps": 20, "marginals": False}, ("normal",), range(1)
-    lines = []
-    if args.out is not None and args.out.exists():
-        lines = [json.loads(line) for line in args.out.read_text().splitlines()]
-    done = {(line["task"], line["seed"]) for line in lines}
+    done, lines = Cells(None if args.smoke else args.out), []
     for seed in seeds:
         for task in tasks:
-            if (task, seed) in done:
-                continue
+            asked = {"task": task, "seed": seed}
             folder = args.data and args.data / (
                 "posteriors" if task == "eight schools" else "density"
             )
-            lines.append(run(task, folder, seed, options))
-            if args.out is not None:
-                with args.out.open("a") as file:
-                    print(json.dumps(lines[-1]), file=file)
+            line = done.find(asked) or done.add(asked, run(task, folder, seed, options))
+            lines.append(line)
     table(lines)
 
 

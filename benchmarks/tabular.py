@@ -22,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from _cells import Cells
+
 TASKS = ("bsds300", "power", "wine", "hsct", "higgs")
 METHODS = ("ours", "zuko NSF", "zuko MAF", "zuko CNF", "pyro spline AR", "GMM")
 SEEDED = ("ours", "zuko NSF")  # three seeds; the others one
@@ -280,7 +282,7 @@ def run_cell(args):
         values = torch.cat([log_prob(s).double() for s in test.split(2000)])
         if args.rows:
             args.rows.mkdir(parents=True, exist_ok=True)
-            torch.save(values, rows_file(args.rows, args.minutes, args.task, args.cell, args.seed))
+            torch.save(values, rows_file(args, args.task, args.cell, args.seed))
         check = extra.pop("check", None)
         extra |= check(test[:1000]) if check else {}
     line = {
@@ -296,9 +298,10 @@ def run_cell(args):
 # ---- the parent ---------------------------------------------------------------------------------
 
 
-def rows_file(folder, minutes, task, method, seed):
+def rows_file(args, task, method, seed):
     """Return where the log-likelihoods of a cell's test rows are."""
-    return folder / f"{task}-{method.replace(' ', '-')}-{seed}-{minutes:g}min.pt"
+    asked = f"{args.minutes:g}min-{args.threads}-{args.test_rows or 'all'}"
+    return args.rows / f"{task}-{method.replace(' ', '-')}-{seed}-{asked}.pt"
 
 
 def paired(args):
@@ -310,7 +313,7 @@ def paired(args):
 
     lines = []
     for task in args.tasks:
-        files = {m: rows_file(args.rows, args.minutes, task, m, 0) for m in args.methods}
+        files = {m: rows_file(args, task, m, 0) for m in args.methods}
         rows = {m: torch.load(f) for m, f in files.items() if f.exists()}
         for method in [m for m in rows if m != "ours" and "ours" in rows]:
             gain = rows["ours"] - rows[method]
@@ -326,14 +329,16 @@ def paired(args):
 
 
 def cells(args):
-    """Return what is wanted: (task, method, seed)."""
+    """Return what is wanted, as dictionaries."""
+    common = {"minutes": args.minutes, "threads": args.threads}
+    common["asked_test_rows"] = args.test_rows or None
     for task in args.tasks:
         for method in args.methods:
             for seed in range(args.seeds if method in SEEDED else 1):
-                yield task, method, seed
+                yield {"task": task, "method": method, "seed": seed, **common}
 
 
-def table(done, args):
+def table(lines, args):
     """Return the Markdown table of the finished cells."""
     import statistics
 
@@ -342,7 +347,7 @@ def table(done, args):
     for task in args.tasks:
         row, errors = [task], []
         for method in args.methods:
-            found = [v for k, v in done.items() if k[:2] == (task, method) and "log_prob" in v]
+            found = [v for v in lines if (v["task"], v["method"]) == (task, method)]
             errors += [v["density_error"] for v in found if "density_error" in v]
             if not found:
                 row.append("-")
@@ -366,7 +371,7 @@ def main():
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--seeds", type=int, default=3)
     add("--threads", type=int, default=2)
-    add("--test-rows", type=int, default=0, help="0 for all")
+    add("--test-rows", type=int, help="all by default")
     add("--out", type=Path, default=Path(__file__).parent / "results" / "tabular.jsonl")
     add("--rows", type=Path, help="a folder for each test row's value, for paired differences")
     add("--smoke", action="store_true")
@@ -384,38 +389,28 @@ def main():
         args.methods = [m for m in args.methods if is_there or not m.startswith("zuko")]
         args.rows = Path(scratch.name) / "rows"
         args.out = Path(scratch.name) / "smoke.jsonl"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    done = {}
-    if args.out.exists():
-        for text in args.out.read_text().splitlines():
-            line = json.loads(text)
-            if line["minutes"] == args.minutes and line["threads"] == args.threads:
-                done[line["task"], line["method"], line["seed"]] = line
-    for task, method, seed in cells(args):
-        if (task, method, seed) in done:
+    done, lines = Cells(args.out), []
+    for cell in cells(args):
+        if line := done.find(cell):
+            lines.append(line)
             continue
-        command = [sys.executable, __file__, "--cell", method, "--task", task]
-        for name in ("minutes", "threads", "data", "test_rows"):
-            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        command += ["--rows", str(args.rows)] if args.rows else []
-        child = subprocess.run(
-            [*command, "--seed", str(seed)], stdout=subprocess.PIPE, text=True, check=False
-        )
-        line = {"task": task, "method": method, "seed": seed}
-        line |= {"minutes": args.minutes, "threads": args.threads}
+        task, method, seed = cell["task"], cell["method"], cell["seed"]
+        command = [sys.executable, __file__, "--cell", method, "--task", task, "--seed", str(seed)]
+        for name in ("minutes", "threads", "data", "test_rows", "rows"):
+            if (value := getattr(args, name)) is not None:
+                command += [f"--{name.replace('_', '-')}", str(value)]
+        child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if child.returncode:
             failed = f"{task}, {method}: failed with {child.returncode}"
             if args.smoke:  # of what is there, all has to run
                 raise SystemExit(failed)
             print(failed, file=sys.stderr, flush=True)
             continue
-        line |= json.loads(child.stdout.splitlines()[-1])
-        done[task, method, seed] = line
-        with args.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(f"{task}, {method}, {seed}: {line['log_prob']:.3f}", file=sys.stderr, flush=True)
+        lines.append(done.add(cell, json.loads(child.stdout.splitlines()[-1])))
+        found = lines[-1]["log_prob"]
+        print(f"{task}, {method}, {seed}: {found:.3f}", file=sys.stderr, flush=True)
     print(f"{args.minutes:g} minutes each, {args.threads} threads, {platform.machine()}.\n")
-    print(table(done, args))
+    print(table(lines, args))
     if args.rows:
         print(paired(args))
 

@@ -7,7 +7,6 @@ Each finished cell appends a line; a rerun skips what is there; the tables are m
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyro.distributions as dist
 import torch
+from _cells import Cells
 from scipy.optimize import linear_sum_assignment
 
 import pyro_interpolant as pi
@@ -249,18 +249,17 @@ def main():
         args.methods = ["scalar"]
         args.rows, args.pairs, args.out = 2000, 2000, Path(scratch.name) / "smoke.jsonl"
     torch.set_num_threads(1)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    done = {}
-    if args.out.exists():
-        lines = [json.loads(line) for line in args.out.read_text().splitlines()]
-        done = {line.pop("cell"): line for line in lines}
+    settings = {k: getattr(args, k) for k in ("modes", "steps", "alternations", "rows", "pairs")}
+    finished, done = Cells(args.out), {}
     for name, (run, arguments) in wanted(args).items():
-        if name in done or not name.startswith(args.only):
+        if not name.startswith(args.only):
             continue
-        done[name] = run(args, *arguments)
-        with args.out.open("a") as file:
-            file.write(json.dumps({"cell": name, **done[name]}) + "\n")
-        print(f"{name}: {done[name]['seconds']:.0f} s", file=sys.stderr, flush=True)
+        asked = {"cell": name, **settings}
+        line = finished.find(asked)
+        if line is None:
+            line = finished.add(asked, run(args, *arguments))
+            print(f"{name}: {line['seconds']:.0f} s", file=sys.stderr, flush=True)
+        done[name] = {k: v for k, v in line.items() if k not in asked}
     print(report(done))
 
 

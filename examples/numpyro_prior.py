@@ -42,8 +42,9 @@ def observed(count, steps):
     test, train = torch.randperm(len(known)).split((count, len(known) - count))
     pi.save(pi.from_samples(known[train], steps=steps, seed=0), FILE)
     exact = stars.parallax_of(absolute[test], magnitude[test])
-    noisy = exact * (1 + torch.randn(count) / 2)
-    return magnitude[test], colour[test], colour_error[test], noisy, exact / 2
+    error = exact.roll(1) / 2  # of another star: half of its own parallax would tell it
+    noisy = exact + error * torch.randn(count)
+    return magnitude[test], colour[test], colour_error[test], noisy, error
 
 
 def model(prior, magnitude, colour, colour_error, parallax, parallax_error):
