@@ -1,12 +1,17 @@
 """Every member of every family by name, and builders of small random flows."""
 
+import copy
+import io
+import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import pytest
 import torch
+import torch.multiprocessing  # noqa: F401  (registers the reductions of tensors)
 from pyro.distributions import constraints
 from pyro.infer import autoguide as guides
 from torch import Tensor, nn
@@ -40,6 +45,22 @@ from pyro_interpolant.transforms.whitening import Whitening
 def slow_but(members: Iterable[str], *quick: str) -> list[Any]:
     """Return all members as parameters, those not named as quick marked slow."""
     return [m if m in quick else pytest.param(m, marks=pytest.mark.slow) for m in members]
+
+
+def through_torch(value: Any, protocol: int = pickle.HIGHEST_PROTOCOL) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file, pickle_protocol=protocol)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+# Ways to a copy with weights of its own; what another process is given shares its memory.
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "torch": through_torch,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "deepcopy": copy.deepcopy,
+    "another process": lambda value: pickle.loads(ForkingPickler.dumps(value)),
+}
 
 
 AUTOGUIDES = {  # Pyro's

@@ -1,6 +1,7 @@
-"""The pages of the site: their blocks and the README's run, and their links lead somewhere."""
+"""The pages of the site and of the repository: blocks run, and names and links lead somewhere."""
 
 import ast
+import importlib.util
 import re
 
 import pytest
@@ -13,10 +14,12 @@ from pyro_interpolant.distributions.description import describe
 PAGES = sorted(
     path for path in DOCS.rglob("*.md") if not path.relative_to(DOCS).parts[0].startswith("_")
 )
+ALL = [README, ROOT / "CONTRIBUTING.md", *PAGES]
+HAS_JAX = importlib.util.find_spec("jax") is not None
 
 
 def name(path):
-    return path.stem if path == README else str(path.relative_to(DOCS).with_suffix(""))
+    return path.stem if path.parent == ROOT else str(path.relative_to(DOCS).with_suffix(""))
 
 
 RUN = [README] + [
@@ -59,16 +62,21 @@ def test_the_blocks_of_a_page_run(path, tmp_path, monkeypatch):
         exec(compile("\n" * line + shortened(source), str(path), "exec"), namespace)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=map(name, PAGES))
+@pytest.mark.parametrize("path", ALL, ids=map(name, ALL))
 def test_blocks_are_closed(path):
     assert len(re.findall("^```", path.read_text(), re.MULTILINE)) % 2 == 0
 
 
-@pytest.mark.parametrize("path", PAGES, ids=map(name, PAGES))
+def test_the_readme_opens_with_two_commands():
+    """One block of shell, in front of any other, that sets up and runs."""
+    first = FENCE.search(README.read_text())
+    assert first.group(1) in ("bash", "sh", "console", "shell")
+    assert "pip install" in first.group(2)
+
+
+@pytest.mark.parametrize("path", ALL, ids=map(name, ALL))
 def test_the_names_of_a_page_are_there(path):
-    """All of ``pi.room.name``, in blocks and between backticks."""
-    if "pi.numpyro." in path.read_text():
-        pytest.importorskip("jax")
+    """All of ``pi.room.name``, in blocks and between backticks; of the twin's only with jax."""
     found = []
     for line, source in blocks(path, ("python", "{code-cell}")):
         code = "\n".join("" if row.startswith(":") else row for row in source.splitlines())
@@ -76,13 +84,15 @@ def test_the_names_of_a_page_are_there(path):
         found += [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     found += re.findall(r"`(pi\.[\w.]+)", FENCE.sub("", path.read_text()))
     for chain in found:
+        if chain.startswith("pi.numpyro.") and not HAS_JAX:
+            continue
         value = pyro_interpolant
         for part in chain.split(".")[1:] if re.fullmatch(r"pi(\.\w+)+", chain) else ():
             assert hasattr(value, part), chain
             value = getattr(value, part)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=map(name, PAGES))
+@pytest.mark.parametrize("path", ALL, ids=map(name, ALL))
 def test_the_links_of_a_page_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", FENCE.sub("", path.read_text())):
         if not target.startswith(("http://", "https://", "mailto:")):

@@ -164,22 +164,6 @@ def test_function_bodies_are_short(path):
                 assert lines <= BODY_LINES, f"{node.name} has {lines} lines"
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_no_bare_assert(path):
-    lines = [node.lineno for node in ast.walk(tree(path)) if isinstance(node, ast.Assert)]
-    assert not lines
-
-
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_every_argument_is_annotated(path):
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.FunctionDef):
-            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            bare = [a.arg for a in arguments if a.annotation is None]
-            assert set(bare) <= {"self", "cls"}, f"{node.name}: {bare}"
-            assert node.returns is not None, node.name
-
-
 def public():
     return list(pyro_interpolant.__all__)
 
@@ -256,14 +240,6 @@ def documented(name):
             shown = not key.startswith("_") or key == "__call__"
             if shown and inspect.isfunction(member):
                 yield f"{name}.{key}", member
-
-
-@pytest.mark.parametrize("name", HOMES)
-def test_public_names_are_documented(name):
-    for label, value in documented(name):
-        own = value.__dict__.get("__doc__") if inspect.isclass(value) else value.__doc__
-        assert own, label
-        assert own.strip().splitlines()[0].rstrip(" :").endswith((".", "?")) or "\n" in own, label
 
 
 @pytest.mark.parametrize("name", HOMES)

@@ -1,9 +1,7 @@
 """The flow as a distribution object: shapes, densities, expand, types, errors."""
 
-import copy
 import math
 import pathlib
-import pickle
 import re
 
 import pyro
@@ -80,15 +78,6 @@ def make(table, name):
 # --------------------------------------------------------------------- samples and densities agree
 
 
-@pytest.mark.parametrize("name", SINGLE)
-def test_samples_follow_the_density(name):
-    d = make(SINGLE, name)
-    with torch.no_grad():
-        x = d.sample((4000,))
-        probs = d.log_prob(x).exp()
-    assert auto_goodness_of_fit(x, probs) > FAILURE_RATE
-
-
 @pytest.mark.parametrize("name", ["one", "two", "laplace"])
 def test_goodness_of_fit_sees_a_wrong_density(name):
     d = make(SINGLE, name)
@@ -151,61 +140,7 @@ def test_gaussian_closed_form():
     assert torch.allclose(d.log_prob(x), expected, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------ shapes
-
-
-@pytest.mark.parametrize("name", SINGLE)
-def test_shapes_without_batch(name):
-    d = make(SINGLE, name)
-    dim = d.event_shape[0]
-    assert d.batch_shape == ()
-    assert d.event_dim == 1
-    assert d.support.event_dim == 1
-    assert not d.support.is_discrete
-    assert not d.has_enumerate_support
-    for shape in ((), (5,), (3, 5)):
-        x = d.sample(shape)
-        assert x.shape == (*shape, dim)
-        assert d.rsample(shape).shape == (*shape, dim)
-        assert d.support.check(x).shape == shape
-        assert d.log_prob(x).shape == shape
-
-
-@pytest.mark.parametrize("name", BATCHED)
-def test_shapes_with_batch(name):
-    d = make(BATCHED, name)
-    assert d.batch_shape == (4,)
-    assert d.event_shape == (2,)
-    for shape in ((), (5,), (3, 5)):
-        x = d.sample(shape)
-        assert x.shape == (*shape, 4, 2)
-        assert d.support.check(x).shape == (*shape, 4)
-        assert d.log_prob(x).shape == (*shape, 4)
-
-
-@pytest.mark.parametrize("name", BATCHED)
-def test_batch_members_are_independent_draws(name):
-    x = make(BATCHED, name).sample((2,))
-    assert len(x.reshape(-1, 2).unique(dim=0)) == 8
-
-
-@pytest.mark.parametrize("name", BATCHED)
-@pytest.mark.parametrize("batch", [(), (1,), (4,), (3, 1), (3, 4)])
-def test_log_prob_broadcasts(name, batch):
-    d = make(BATCHED, name)
-    x = d.sample().expand(*batch, 4, 2) if batch[-1:] == (4,) else d.sample()[0].expand(*batch, 2)
-    x = x.reshape(*batch, 2) if batch[-1:] != (4,) else x[..., 0, :]
-    log_prob = d.log_prob(x)
-    full = torch.broadcast_shapes(batch, (4,))
-    assert log_prob.shape == full
-    assert torch.allclose(log_prob, d.log_prob(x.expand(*full, 2).clone()), atol=1e-10)
-
-
-@pytest.mark.parametrize("name", BATCHED)
-def test_log_prob_refuses_what_does_not_broadcast(name):
-    d = make(BATCHED, name)
-    with pytest.raises((ValueError, RuntimeError), match="shape|size|broadcast"):
-        d.log_prob(torch.rand(3, 2))
+# ---------------------------------------------------------- shapes, of which more is in pyro_suite
 
 
 @pytest.mark.parametrize(("table", "name"), [(SINGLE, "three"), (BATCHED, "expanded")])
@@ -240,21 +175,6 @@ def test_nan_raises():
 # ------------------------------------------------------------------------------------------ expand
 
 
-@pytest.mark.parametrize("name", ["two", "laplace", "halfway", "conditioned"])
-def test_expand_by(name):
-    d = make(SINGLE, name)
-    for shape in ((2,), (3, 2)):
-        large = d.expand_by(shape)
-        assert type(large) is InterpolantDistribution
-        assert large.batch_shape == shape
-        assert large.event_shape == d.event_shape
-        assert large.transform is d.transform
-        x = large.sample()
-        assert x.shape == (*shape, 2)
-        assert torch.allclose(large.log_prob(x), d.log_prob(x.clone()), atol=ATOL)
-    assert d.batch_shape == ()
-
-
 @pytest.mark.parametrize("name", BATCHED)
 def test_expand_new_dim(name):
     d = make(BATCHED, name)
@@ -265,15 +185,6 @@ def test_expand_new_dim(name):
     assert torch.allclose(large.log_prob(x), d.log_prob(x.clone()), atol=ATOL)
 
 
-def test_expand_existing_dim():
-    d = InterpolantDistribution(random_flow(2)).expand((4, 1))
-    large = d.expand((4, 3))
-    x = large.sample()
-    assert x.shape == (4, 3, 2)
-    assert len(x.reshape(-1, 2).unique(dim=0)) == 12
-    assert torch.allclose(large.log_prob(x), d.log_prob(x.clone()), atol=ATOL)
-
-
 def test_expand_existing_dim_of_a_context():
     d = conditional().condition(torch.randn(4, 1, 3))
     assert d.batch_shape == (4, 1)
@@ -281,19 +192,6 @@ def test_expand_existing_dim_of_a_context():
     x = large.sample()
     assert x.shape == (4, 3, 2)
     assert torch.allclose(large.log_prob(x), d.log_prob(x.clone()), atol=ATOL)
-
-
-def test_subsequent_expands():
-    d = InterpolantDistribution(random_flow(2)).expand((1,)).expand((3,)).expand((2, 3))
-    assert d.batch_shape == (2, 3)
-    assert d.log_prob(d.sample()).shape == (2, 3)
-
-
-@pytest.mark.parametrize("name", BATCHED)
-@pytest.mark.parametrize("shape", [(3,), (4, 3)])
-def test_expand_error(name, shape):
-    with pytest.raises((RuntimeError, ValueError), match="expand|shape|size|broadcast"):
-        make(BATCHED, name).expand(shape)
 
 
 @pytest.mark.parametrize("shape", [3, None, "ab", (2.0,), ("a",), torch.ones(2), ((2,),)])
@@ -633,7 +531,7 @@ def test_freeze_of_a_member_freezes_the_owner(name):
     assert not any(p.requires_grad for p in member.transform.flow.parameters())
 
 
-# ----------------------------------------------------------------------------- freezing and copies
+# ---------------------------------------------------------------------------------------- freezing
 
 
 def test_freeze():
@@ -653,30 +551,6 @@ def test_freeze_of_the_conditional():
     assert d.freeze() is d
     assert not any(p.requires_grad for p in d.transform.parameters())
     assert not d.transform.training
-
-
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))], ids=["deepcopy", "pickle"]
-)
-@pytest.mark.parametrize("kind", ["plain", "base", "support", "conditional"])
-def test_copies_after_use(copied, kind):
-    flow = random_flow(2, solver=FixedGrid(steps=16))  # both ways through agree
-    d = {
-        "plain": lambda: InterpolantDistribution(flow),
-        "base": lambda: InterpolantDistribution(flow, BASES["laplace"](2)),
-        "support": lambda: InterpolantDistribution(flow, support=constraints.positive),
-        "conditional": conditional,
-    }[kind]()
-    member = d.condition(torch.zeros(3)) if kind == "conditional" else d
-    x, log_prob = member.rsample_and_log_prob((4,))  # leaves a graph in the cache
-    again = copied(d)
-    twin = again.condition(torch.zeros(3)) if kind == "conditional" else again
-    value = x.detach().clone()
-    assert torch.allclose(twin.log_prob(value), log_prob, atol=ATOL)
-    with torch.no_grad():
-        again.transform.velocity.output.weight.add_(0.5)
-    assert torch.allclose(member.log_prob(value), log_prob, atol=ATOL)
-    assert not torch.allclose(twin.log_prob(value), log_prob, atol=ATOL)
 
 
 # ------------------------------------------------------------------------------- types and devices

@@ -4,7 +4,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from kinds import KINDS, SITES, family, flow_of, over, plain
+from cases import BASES
+from kinds import KINDS, SITES, family, flow_of, given, over, plain
 from pyro.distributions import TorchDistribution, constraints
 from pyro.distributions.testing.gof import auto_goodness_of_fit
 from pyro.distributions.util import broadcast_shape, scale_and_mask
@@ -13,8 +14,22 @@ from torch.distributions import kl_divergence
 
 from pyro_interpolant import JointInterpolantDistribution
 
+# More kinds, for what batches and views of them may change: shapes, draws and their density.
+SINGLE = {
+    "start, laplace": lambda: plain(base=BASES["laplace"](2)).at(0.0),
+    "given, laplace": lambda: given(base=BASES["laplace"](2)),
+    "given, halfway": lambda: given().at(0.5),
+}
+BATCHES = {
+    "batch of bases": lambda: plain(base=dist.Normal(torch.randn(4, 2), 1.0).to_event(1)),
+    "given rows, positive": lambda: given(4, support=constraints.positive),
+    "expanded, laplace": lambda: plain(base=BASES["laplace"](2)).expand((4,)),
+    "expanded, halfway": lambda: plain().expand((4,)).at(0.5),
+}
+MADE = {**KINDS, **SINGLE, **BATCHES}
+
 DENSITIES = [kind for kind in KINDS if kind != "samples"]
-BATCHED = [kind for kind in KINDS if kind.startswith("expanded") or kind == "given rows"]
+BATCHED = [k for k in KINDS if k.startswith("expanded") or k == "given rows"] + [*BATCHES]
 QUICK = ("plain", "given rows")
 FEW = ("plain", "positive", "angles")
 SHAPES = [torch.Size, tuple, list]
@@ -36,9 +51,9 @@ def rows(d, *lead):
 # ------------------------------------------------------------------------------- shapes, densities
 
 
-@over("shapes", QUICK)
+@over("shapes", QUICK, MADE)
 def test_shapes(kind):
-    d = KINDS[kind]()
+    d = MADE[kind]()
     assert d.event_dim == len(d.event_shape) > 0
     for sample_shape in ((), (2,), (2, 3)):
         assert d.shape(sample_shape) == sample_shape + d.batch_shape + d.event_shape
@@ -49,9 +64,9 @@ def test_shapes(kind):
     )
 
 
-@over("support", QUICK)
+@over("support", QUICK, MADE)
 def test_support(kind):
-    d = KINDS[kind]()
+    d = MADE[kind]()
     assert d.support.event_dim == d.event_dim
     assert not d.support.is_discrete
     x = d.sample((5,))
@@ -60,10 +75,10 @@ def test_support(kind):
     assert inside.all()
 
 
-@over("log_prob", QUICK, DENSITIES)
+@over("log_prob", QUICK, [*DENSITIES, *SINGLE, *BATCHES])
 @torch.no_grad()
 def test_log_prob_broadcasts(kind):
-    d = KINDS[kind]()
+    d = MADE[kind]()
     member = rows(d)
     expected = d.log_prob(member)
     for lead in ((), (1,), (3, 1), (2, 3, 1)):
@@ -83,8 +98,8 @@ def test_values_of_another_event_shape_raise(kind):
 
 @over("broadcast", ("given rows",), BATCHED)
 def test_values_that_do_not_broadcast_raise(kind):
-    d = KINDS[kind]()
-    with pytest.raises((ValueError, RuntimeError)):
+    d = MADE[kind]()
+    with pytest.raises((ValueError, RuntimeError), match="shape|size|broadcast"):
         d.log_prob(rows(d, 5))
 
 
@@ -103,14 +118,14 @@ FREE = {
 NOT_COUNTED = ("corr_cholesky", "hutchinson")
 
 
-@over("gof", (), [kind for kind in DENSITIES if kind not in NOT_COUNTED])
+@over("gof", ("plain", "given"), [k for k in [*DENSITIES, *SINGLE] if k not in NOT_COUNTED])
 def test_draws_follow_the_density(kind):
     """Of dependent distances the p-value is far from uniform: an exact Gaussian reaches 1e-6.
 
     Near the edge of the Cholesky factors, where most draws are, it is 0 or 1; the density there is
     tested by its Jacobian. With Hutchinson's probes the density is an estimate.
     """
-    d = KINDS[kind]()
+    d = MADE[kind]()
     with torch.no_grad():
         x = d.sample((1200 * max(3, d.event_shape.numel()),))
         p = d.log_prob(x.clone()).exp()
@@ -243,7 +258,9 @@ def check_expanded(kind, small, large):
     """Check that densities of the two agree, at draws of either."""
     x = large.sample()
     assert x.shape == large.shape()
-    if kind != "samples":
+    if kind != "samples":  # draws of which may be the same
+        each = x.reshape(-1, large.event_shape.numel())
+        assert len(each.unique(dim=0)) == len(each)
         same(small.log_prob(x.clone()), large.log_prob(x.clone()))
         x = small.sample()
         same(small.log_prob(x.clone()).expand(large.batch_shape), large.log_prob(x.clone()))
@@ -255,6 +272,8 @@ def test_expand_by(kind):
     for sample_shape in ((), (2,), (2, 3)):
         for shape_type in SHAPES:
             large = small.expand_by(shape_type(sample_shape))
+            assert type(large) is type(small)
+            assert large.transform is small.transform
             assert large.batch_shape == sample_shape + small.batch_shape
         check_expanded(kind, small, large)
 
@@ -281,13 +300,16 @@ def test_subsequent_expands(kind, how):
         d = large
 
 
-@over("expand_error", (*QUICK, "samples", "angles"), how=EXPAND)
+@over("expand_error", (*QUICK, "samples", "angles"), [*KINDS, *BATCHES], how=EXPAND)
 def test_what_does_not_expand_raises(kind, how):
-    d = KINDS[kind]()
+    d = MADE[kind]()
     for initial, proposed in (((2, 1), (4, 3)), ((2, 4), (2, 2, 1)), ((1, 2, 1), (2, 1))):
         large = EXPAND[how](d, initial + d.batch_shape)
         with pytest.raises((RuntimeError, ValueError)):
             large.expand(proposed + d.batch_shape)
+    for proposed in ((3,), (4, 3)) if d.batch_shape == (4,) else ():
+        with pytest.raises((RuntimeError, ValueError), match="expand|shape|size|broadcast"):
+            EXPAND[how](d, proposed)
 
 
 @over("expand_reshaped", ("plain",), how=EXPAND)

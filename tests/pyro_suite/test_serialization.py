@@ -2,12 +2,11 @@
 
 import copy
 import io
-import pickle
-from multiprocessing.reduction import ForkingPickler
 
 import pyro
 import pytest
 import torch
+from cases import COPIES
 from kinds import KINDS, family, over
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
@@ -19,21 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
-
-
-def through_torch(value):
-    file = io.BytesIO()
-    torch.save(value, file, pickle_protocol=pickle.HIGHEST_PROTOCOL)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {
-    "torch": through_torch,
-    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
-    "deepcopy": copy.deepcopy,
-    "another process": lambda value: pickle.loads(ForkingPickler.dumps(value)),
-}
 
 
 def used(kind):
@@ -66,22 +50,31 @@ def test_copies(kind, how):
     assert torch.equal(seeded_sample(made), seeded_sample(d))
     if kind == "samples":
         return
-    torch.testing.assert_close(made.log_prob(x.clone()).detach(), expected)
+    value = x.clone()
+    torch.testing.assert_close(made.log_prob(value).detach(), expected)
     ours, theirs = d.transform.flow.parameters(), made.transform.flow.parameters()
     assert all(a is not b and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     with torch.no_grad():  # the copy has weights of its own
         made.transform.flow.whitening.loc.add_(1.0)
         if how != "another process":  # which shares the memory of tensors
             torch.testing.assert_close(d.log_prob(x.clone()), expected)
+        assert not torch.allclose(made.log_prob(value), expected)
 
 
+@pytest.mark.usefixtures("_nodes_stay")
 @pytest.mark.parametrize("how", COPIES)
 def test_copies_of_a_family(how):
     d, context = family(), torch.randn(4, 3)
     x = d.condition(context).sample()
     expected = d.condition(context).log_prob(x)
     made = COPIES[how](d)
-    torch.testing.assert_close(made.condition(context).log_prob(x.clone()), expected)
+    value = x.clone()
+    torch.testing.assert_close(made.condition(context).log_prob(value), expected)
+    with torch.no_grad():  # the copy has weights of its own
+        made.transform.velocity.output.weight.add_(0.5)
+        if how != "another process":  # which shares the memory of tensors
+            torch.testing.assert_close(d.condition(context).log_prob(x.clone()), expected)
+        assert not torch.allclose(made.condition(context).log_prob(value), expected)
 
 
 class Density(nn.Module):

@@ -6,26 +6,44 @@ import pickle
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import SUPPORTS, losses_of_adam
-from kinds import KINDS, over
+from cases import FLOWS, SUPPORTS, losses_of_adam
+from kinds import GRID, KINDS, over
 from torch.distributions import ComposeTransform
 
-from pyro_interpolant import FixedGrid
+from pyro_interpolant import FixedGrid, InterpolantDistribution
 
 DELTA, EPSILON = 1e-6, 1e-4  # of an inverse, and of a numeric log-determinant
 
 QUICK = ("plain", "given")
 
 
+def of_network(name, dim=2, context_dim=0):
+    """Return a flow of a network, given a context if it takes one."""
+    transform = FLOWS[name](dim, context_dim=context_dim, solver=GRID)
+    context = torch.randn(context_dim)
+    return InterpolantDistribution(transform.condition(context) if context_dim else transform)
+
+
+# More kinds, for what a network may change.
+MADE = {
+    **KINDS,
+    "five": lambda: of_network("two", 5),
+    "three layers": lambda: of_network("three"),
+    "given, three layers": lambda: of_network("three", context_dim=3),
+    "given, own network": lambda: of_network("own", context_dim=3),
+    "halfway, own network": lambda: of_network("own").at(0.6),
+}
+
+
 def made(kind):
     """Return a kind of flow that is solved finely, and the chain of its transforms."""
-    d = KINDS[kind]()
+    d = MADE[kind]()
     if isinstance(d.transform.solver, FixedGrid):
         d.transform.solver = FixedGrid(steps=48)
     return d, ComposeTransform(d.transforms)
 
 
-@over("inverse", QUICK)
+@over("inverse", QUICK, MADE)
 @torch.no_grad()
 def test_inverse(kind):
     d, chain = made(kind)
@@ -43,7 +61,7 @@ def test_inverse(kind):
     assert gap.abs().max() < DELTA
 
 
-@over("shape", QUICK)
+@over("shape", QUICK, MADE)
 @torch.no_grad()
 def test_shape(kind):
     d, chain = made(kind)
@@ -61,6 +79,9 @@ def test_shape(kind):
         flow = dist.TransformedDistribution(base, d.transforms)
         assert flow.shape() == y.shape == flow.sample().shape
         assert flow.log_prob(flow.sample()).shape == lead + d.batch_shape
+        back = dist.TransformedDistribution(base, [d.transform.inv])
+        assert back.shape() == x.shape == back.sample().shape
+        assert back.log_prob(back.sample()).shape == lead + full[:-1]
     assert chain.domain.event_dim == 1
     assert chain.codomain.event_dim == d.event_dim
     assert chain.bijective
@@ -72,7 +93,7 @@ def free(kind, y):
     return found.reshape(*found.shape[: found.dim() - (2 if kind == "shaped" else 1)], -1)
 
 
-@over("jacobian", QUICK, [kind for kind in KINDS if kind not in ("given rows",)])
+@over("jacobian", QUICK, [kind for kind in MADE if kind not in ("given rows",)])
 @torch.no_grad()
 def test_jacobian(kind):
     d, chain = made(kind)
@@ -87,10 +108,10 @@ def test_jacobian(kind):
     torch.testing.assert_close(chain.inv.log_abs_det_jacobian(y, x), -analytic)
 
 
-@over("autodiff", QUICK, [kind for kind in KINDS if kind not in ("samples", "start")])
+@over("autodiff", QUICK, [kind for kind in MADE if kind not in ("samples", "start")])
 def test_three_steps_of_maximum_likelihood(kind):
     """Through one reused distribution; the value follows the weights, as a fresh copy's does."""
-    d = KINDS[kind]()
+    d = MADE[kind]()
     x = d.sample((10,))
 
     def check():
