@@ -236,7 +236,8 @@ class FlowDistribution:
         Returns:
             Values, shape ``(*, *event_shape)``, and ``log |dy/du|``, shape ``(*)``.
         """
-        return self.space.onto(self.transform.flow, u)
+        y = self.space.onto(u)
+        return y, self.space.onto.log_abs_det_jacobian(u, y)
 
     def gaussianized(self, x: Tensor) -> Tensor:
         """Return real vectors behind a Gaussianizing map; x itself where there is none.

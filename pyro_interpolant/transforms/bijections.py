@@ -19,6 +19,7 @@ from torch.distributions import (
     StickBreakingTransform,
     Transform,
     constraints,
+    identity_transform,
 )
 from torch.nn.functional import logsigmoid, pad
 
@@ -105,6 +106,9 @@ class PerEvent(RealVectorTransform):
     def inverse_shape(self, shape: Sequence[int]) -> Sequence[int]:
         """Return the shape as real vectors."""
         return self.wrapped.inverse_shape(shape)
+
+
+identity = PerEvent(identity_transform)  # gives back the very tensor
 
 
 class Cached(PerEvent, CachedTransform):
