@@ -168,7 +168,7 @@ class BijectiveSupport(Support):
     def __init__(self, constraint: Constraint) -> None:
         super().__init__(constraint)
         self.bijection = bijection(constraint)
-        self.on_events = OnEvents(constraint)
+        self.on_events = OnEvents(constraint, self.bijection.codomain.event_dim)
 
     def is_real(self) -> bool:
         """Return whether values are real vectors themselves."""
@@ -413,11 +413,11 @@ class OnEvents(Constraint):
 
     Args:
         support: The support.
+        event_dim: The number of dimensions of an event, of its bijection.
     """
 
-    def __init__(self, support: Constraint) -> None:
+    def __init__(self, support: Constraint, event_dim: int) -> None:
         self.inner = support
-        event_dim = bijection(support).codomain.event_dim
         shaped = isinstance(without_gaussianizer(support), Shaped)  # so scalars, of dimension 0
         self.event_dim = event_dim if shaped else max(1, event_dim)
         super().__init__()
