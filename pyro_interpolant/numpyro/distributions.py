@@ -8,7 +8,7 @@ nothing but contexts and what the base is made of.
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -38,6 +38,8 @@ __all__ = [
     "InterpolantDistribution",
     "JointInterpolantDistribution",
 ]
+
+_Shape = tuple[int, ...]
 
 
 class InterpolantDistribution(dist.TransformedDistribution):
@@ -268,7 +270,7 @@ class JointInterpolantDistribution(InterpolantDistribution):
     ) -> None:
         super().__init__(base_dist, transforms, validate_args=validate_args)
         self._sites = json.dumps(list(sites))
-        size = sum(math.prod(real) for _, real, *_ in self._parts())
+        size = sum(math.prod(real) for _, _, real, *_ in self._parts())
         if size != self.transform.event_dim:
             raise ValueError(
                 f"expected a flow of dimension {size}, got {self.transform.event_dim}"
@@ -279,14 +281,12 @@ class JointInterpolantDistribution(InterpolantDistribution):
         """The shapes of the sites by name, in the order of packing."""
         return {name: tuple(shape) for name, shape, _ in json.loads(self._sites)}
 
-    def _parts(self) -> list[tuple[str, tuple[int, ...], Transform, OnEvents]]:
-        """Return of each site its name, its unconstrained shape, its bijection, its support."""
-        parts = []
+    def _parts(self) -> Iterator[tuple[str, _Shape, _Shape, Transform, OnEvents]]:
+        """Yield of each site its name, shape, unconstrained shape, bijection and support."""
         for name, shape, support in json.loads(self._sites):
             transform = bijection(support)
             real = tuple(transform.inverse_shape(tuple(shape)))
-            parts.append((name, real, transform, OnEvents(text_of(support))))
-        return parts
+            yield name, tuple(shape), real, transform, OnEvents(text_of(support))
 
     def sample_sites(self, name: str) -> dict[str, Array]:
         """Sample all sites inside a NumPyro model: one latent site, and named deterministic ones.
@@ -334,10 +334,10 @@ class JointInterpolantDistribution(InterpolantDistribution):
         if found[-1:] != (size,):
             raise ValueError(f"expected packed vectors of shape (*, {size}), got {found}")
         sites, start = {}, 0
-        for name, shape, transform, _ in self._parts():
-            part = packed[..., start : start + math.prod(shape)]
-            start += math.prod(shape)
-            sites[name] = transform(part.reshape(*part.shape[:-1], *shape))
+        for name, _, real, transform, _ in self._parts():
+            part = packed[..., start : start + math.prod(real)]
+            start += math.prod(real)
+            sites[name] = transform(part.reshape(*part.shape[:-1], *real))
         return sites
 
     def pack(self, draws: Mapping[str, ArrayLike]) -> Array:
@@ -348,8 +348,8 @@ class JointInterpolantDistribution(InterpolantDistribution):
                 known, outside its support.
         """
         parts = {}
-        for name, real, transform, support in self._parts():
-            shape, value = self.sites[name], jnp.asarray(draws[name]) if name in draws else None
+        for name, shape, real, transform, support in self._parts():
+            value = jnp.asarray(draws[name]) if name in draws else None
             batch = -1 if value is None else value.ndim - len(shape)
             if value is None or batch < 0 or value.shape[batch:] != shape:
                 got = "none" if value is None else f"shape {value.shape}"
