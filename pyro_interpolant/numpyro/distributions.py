@@ -19,7 +19,6 @@ import numpyro.distributions as dist
 from jax import Array, lax
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
-from numpyro.distributions import constraints
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import validate_sample
@@ -30,7 +29,7 @@ from .bases import base_log_prob, in_batch
 from .flow import to_white
 from .frozen import Weights
 from .given import given_value
-from .supports import Bijection, OnEvents, backward, bijection, per_event, text_of
+from .supports import OnEvents, backward, bijection, per_event, text_of
 from .transforms import InterpolantTransform
 
 __all__ = [
@@ -48,28 +47,11 @@ class InterpolantDistribution(dist.TransformedDistribution):
     As :class:`pyro_interpolant.InterpolantDistribution`, to which it is equal.
 
     Args:
-        base_dist: The distribution of what the first transform takes, event shape ``(D,)``.
+        base_distribution: The distribution of what the first transform takes, event shape
+            ``(D,)``.
         transforms: Those from the base to the support, an :class:`InterpolantTransform` among
             them.
     """
-
-    pytree_aux_fields = ("_sites",)
-
-    def __init__(
-        self,
-        base_dist: dist.Distribution,
-        transforms: Sequence[Transform],
-        *,
-        validate_args: bool | None = None,
-    ) -> None:
-        self._sites = ""
-        super().__init__(base_dist, list(transforms), validate_args=validate_args)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """The support of one event."""
-        last = self.transforms[-1]
-        return OnEvents(last.text) if isinstance(last, Bijection) else constraints.real_vector
 
     @property
     def transform(self) -> InterpolantTransform:
@@ -182,7 +164,7 @@ class ConditionalInterpolantDistribution:
     r"""A learned conditional distribution :math:`\rho_1(x | c)`; made by ``load``.
 
     Args:
-        base_dist: As in :class:`InterpolantDistribution`.
+        base_distribution: As in :class:`InterpolantDistribution`.
         transforms: As in :class:`InterpolantDistribution`.
         sites: As in :class:`JointInterpolantDistribution`, or nothing.
         context_columns: The names of the columns of contexts in the order of the flow, or nothing.
@@ -192,13 +174,13 @@ class ConditionalInterpolantDistribution:
 
     def __init__(
         self,
-        base_dist: dist.Distribution,
+        base_distribution: dist.Distribution,
         transforms: Sequence[Transform],
         *,
         sites: Sequence[tuple[str, Sequence[int], Any]] = (),
         context_columns: Sequence[str] = (),
     ) -> None:
-        self.base_dist, self.transforms = base_dist, list(transforms)
+        self.base_dist, self.transforms = base_distribution, list(transforms)
         self._sites, self.context_columns = json.dumps(list(sites)), tuple(context_columns)
 
     def condition(self, context: ArrayLike | Sequence[Any]) -> InterpolantDistribution:
@@ -252,7 +234,7 @@ class JointInterpolantDistribution(InterpolantDistribution):
     unconstrained by the bijections of their supports.
 
     Args:
-        base_dist: As in :class:`InterpolantDistribution`.
+        base_distribution: As in :class:`InterpolantDistribution`.
         transforms: As in :class:`InterpolantDistribution`.
         sites: Of each site its name, shape and support as a file describes it.
 
@@ -260,15 +242,17 @@ class JointInterpolantDistribution(InterpolantDistribution):
         ValueError: If the packed size of the sites is not the flow's dimension.
     """
 
+    pytree_aux_fields = ("_sites",)
+
     def __init__(
         self,
-        base_dist: dist.Distribution,
-        transforms: Sequence[Transform],
+        base_distribution: dist.Distribution,
+        transforms: list[Transform],
         *,
         sites: Sequence[tuple[str, Sequence[int], Any]],
         validate_args: bool | None = None,
     ) -> None:
-        super().__init__(base_dist, transforms, validate_args=validate_args)
+        super().__init__(base_distribution, transforms, validate_args=validate_args)
         self._sites = json.dumps(list(sites))
         size = sum(math.prod(real) for _, _, real, *_ in self._parts())
         if size != self.transform.event_dim:
