@@ -22,7 +22,7 @@ from ..interpolants.nonlinear import Geodesic, wrap
 from ..nn.mlp import VelocityMLP
 from ..nn.torus import TorusMLP
 from ..nn.velocity import embedded, evaluate, may_be_periodic
-from ..transforms.bijections import Cached, PerEvent, identity
+from ..transforms.bijections import Cached, PerEvent
 from ..transforms.flow import Flow
 from ..transforms.gaussianize import without_gaussianizer
 from .base_support import stated_support
@@ -255,7 +255,7 @@ class BijectiveSupport(Support):
     @property
     def onto(self) -> Transform:
         """The bijection, its log-determinant one number an event."""
-        return identity if self.is_real() else PerEvent(self.bijection)
+        return PerEvent(self.bijection)
 
     def check_rows(self, flow: Flow, rows: Tensor, context: Tensor | None) -> None:
         """Raise a ValueError for a path on the torus; rows of shape ``(N, D)`` may be any."""
