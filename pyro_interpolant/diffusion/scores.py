@@ -59,18 +59,18 @@ def score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
     """
     transform, support = transform_with_score(distribution), distribution.constraint
     if not isinstance(support, Gaussianized):
-        return _flow_score(distribution, t, x)
+        return _flow_score(transform, t, x)
     gaussianizer, x = support.gaussianizer, transform._checked(x)
     own = () if transform.context is None else transform.context.shape[:-1]
     x = x.expand(*broadcast_shapes(checked_times(t, x).shape, x.shape[:-1], own), -1)
     log_det_score = torch.func.grad(lambda y: -gaussianizer.log_abs_det_jacobian(y, y).sum())(x)
     u, pullback, *_ = torch.func.vjp(gaussianizer._inverse, x)
-    return pullback(_flow_score(distribution, t, u))[0] + log_det_score
+    return pullback(_flow_score(transform, t, u))[0] + log_det_score
 
 
-def _flow_score(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tensor:
+def _flow_score(transform: InterpolantTransform, t: Time, x: Tensor) -> Tensor:
     """Return the score of the flow before any map of its support, shape ``(*, D)``."""
-    transform, time, w = _prepared(distribution, t, x)
+    time, w = _prepared(transform, t, x)
     noise = transform.flow.noise
     if noise is None:
         v = evaluate(transform.flow.velocity, time, w, transform.context)
@@ -95,7 +95,8 @@ def denoiser(distribution: InterpolantDistribution, t: Time, x: Tensor) -> Tenso
         TypeError: As in :func:`score`.
         ValueError: As in :func:`score`; or if the flow is behind a map of :func:`from_samples`.
     """
-    transform, time, w = _prepared(distribution, t, x)
+    transform = transform_with_score(distribution)
+    time, w = _prepared(transform, t, x)
     refuse_gaussianized(distribution.constraint, "the mean of what a path leads to")
     interpolant, noise = transform.interpolant, transform.flow.noise
     to_data = transform.flow.whitening.from_white
@@ -147,11 +148,8 @@ def transform_with_score(distribution: InterpolantDistribution) -> InterpolantTr
     return transform
 
 
-def _prepared(
-    distribution: InterpolantDistribution, t: Time, x: Tensor
-) -> tuple[InterpolantTransform, Tensor, Tensor]:
-    """Return the transform, the times, and whitened states of the batch of states and times."""
-    transform = transform_with_score(distribution)
+def _prepared(transform: InterpolantTransform, t: Time, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the times, and whitened states of the batch of states and times."""
     w = transform.flow.whitening.to_white(transform._checked(x))
     times = checked_times(t, w)
-    return transform, times, w.expand(*broadcast_shapes(times.shape, w.shape[:-1]), -1)
+    return times, w.expand(*broadcast_shapes(times.shape, w.shape[:-1]), -1)

@@ -281,7 +281,7 @@ def sample_sde(
         if x is None:
             w = distribution.white_draws(shape)
         else:
-            w = _to_white(sde, distribution, x)
+            w = sde.flow.whitening.to_white(_real(distribution, x))
             w = w.expand(*shape, *w.shape)
         w = path_ends(sde, w, path_times(steps, sde.transform.end), method)
         return to_values(distribution, w)
@@ -310,12 +310,11 @@ def path_ends(
     return w
 
 
-def _to_white(sde: InterpolantSDE, distribution: InterpolantDistribution, x: Tensor) -> Tensor:
-    """Return whitened coordinates, shape ``(*, D)``, of values, shape ``(*, *event_shape)``."""
+def _real(distribution: InterpolantDistribution, x: Tensor) -> Tensor:
+    """Return real vectors, shape ``(*, D)``, of values, shape ``(*, *event_shape)``."""
     x = distribution.value_of(x)
-    check_value(x, distribution.event_shape, sde.flow.loc.dtype)
-    real = distribution.to_flow(x)
-    return sde.flow.whitening.to_white(sde.transform._checked(real))
+    check_value(x, distribution.event_shape, distribution.transform.flow.loc.dtype)
+    return distribution.transform._checked(distribution.to_flow(x))
 
 
 def to_values(distribution: InterpolantDistribution, w: Tensor) -> Tensor:
@@ -381,7 +380,6 @@ def sde_log_prob(
     counts = whole("paths", paths, 2), whole("steps", steps, 1)
     check_ranges(*counts, ("guidance in [0, 1]", within, guidance))
     distribution.check_start()
-    x = distribution.value_of(x)
     paths, steps = int(paths), int(steps)
     sde = InterpolantSDE(distribution, diffusion, forward=False)
     nodes = path_times(steps, sde.transform.end).to(sde.flow.loc)
@@ -390,7 +388,8 @@ def sde_log_prob(
     _check_score_determined(sde, sde.terms(times.clamp(_CHECKED_MARGIN, 1 - _CHECKED_MARGIN)))
     with torch.no_grad():
         sde.transform = sde.transform.with_embedded_context()
-        white = _to_white(sde, distribution, x)
+        real = _real(distribution, x)
+        white = sde.flow.whitening.to_white(real)
         share = terms.divisor.abs() / terms.divisor.abs().max()
         kappa = guidance * (share / _GUIDED_SHARE).clamp(max=1)
         batch = broadcast_batch(white.shape[:-1], distribution.batch_shape)
@@ -398,7 +397,7 @@ def sde_log_prob(
         w, exponent = _guided_paths(sde, terms, -times.diff()[::2], kappa, w)
         base = distribution.white_base()
         total = exponent + base.log_prob(w) - sde.flow.whitening.log_det
-        total = total - distribution.from_flow(distribution.to_flow(x))[1]
+        total = total - distribution.from_flow(real)[1]
         value = total.logsumexp(0) - math.log(paths)
         stderr = (total - value).exp().std(0) / math.sqrt(paths)
     return value, stderr

@@ -460,10 +460,9 @@ class Planar(_DerivedBase):
         base: A distribution of D angles whose density, shape ``(*)``, has period :math:`2\pi`.
     """
 
-    def __init__(self, base: Distribution, *, validate_args: bool | None = None) -> None:
+    def __init__(self, base: Distribution) -> None:
         self.inner, self.has_rsample = base, base.has_rsample
-        event_shape = torch.Size((2 * base.event_shape[0],))
-        super().__init__(base.batch_shape, event_shape, validate_args=validate_args)
+        super().__init__(base.batch_shape, torch.Size((2 * base.event_shape[0],)))
 
     def _source(self) -> Distribution:
         return self.inner

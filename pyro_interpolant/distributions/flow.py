@@ -12,8 +12,10 @@ import torch
 from numpy.typing import ArrayLike
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
+from torch.distributions import Transform
 
 from ..solvers.divergence import NoDensity
+from ..transforms.bijections import identity
 from ..transforms.gaussianize import Gaussianized, without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from .base_support import has_bounds, stated_support
@@ -175,6 +177,12 @@ class FlowDistribution:
         """The support without a Gaussianizing map."""
         return support_of(without_gaussianizer(self.constraint))
 
+    @property
+    def gaussianizer(self) -> Transform:
+        """The map from the flow's coordinates to unconstrained ones: the identity without one."""
+        given = self.constraint
+        return given.gaussianizer if isinstance(given, Gaussianized) else identity
+
     def unconstrained(self, value: Tensor) -> Tensor:
         """Return values, shape ``(*, *event_shape)``, as real vectors, shape ``(*, D)``.
 
@@ -236,31 +244,8 @@ class FlowDistribution:
         Returns:
             Values, shape ``(*, *event_shape)``, and ``log |dy/du|``, shape ``(*)``.
         """
-        return self.space.onto(self.transform.flow, u)
-
-    def gaussianized(self, x: Tensor) -> Tensor:
-        """Return real vectors behind a Gaussianizing map; x itself where there is none.
-
-        Args:
-            x: What :meth:`unconstrained` gives, shape ``(*, D)``.
-        """
-        if not isinstance(self.constraint, Gaussianized):
-            return x
-        return self.constraint.gaussianizer.inv(x)
-
-    def ungaussianized(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Return real vectors in front of a Gaussianizing map; u itself where there is none.
-
-        Args:
-            u: Real vectors in the flow's coordinates, shape ``(*, D)``.
-
-        Returns:
-            What :meth:`unconstrained` gives, shape ``(*, D)``, and ``log |dx/du|``, shape ``(*)``.
-        """
-        if not isinstance(self.constraint, Gaussianized):
-            return u, u.new_zeros(u.shape[:-1])
-        x = self.constraint.gaussianizer(u)
-        return x, self.constraint.gaussianizer.log_abs_det_jacobian(u, x)
+        y = self.space.onto(u)
+        return y, self.space.onto.log_abs_det_jacobian(u, y)
 
     def freeze(self) -> "Self":
         """Fix all weights, so that no inference trains them, and return self."""

@@ -313,9 +313,9 @@ class InterpolantDistribution(Summaries):
         x = self.value_of(x)
         check_value(x, self.event_shape if inverse else (flow.event_dim,), flow.loc.dtype)
         if not inverse:
-            return chain(self.gaussianized(x))
+            return chain(self.gaussianizer.inv(x))
         self.to_flow(x)  # raises for data outside the support
-        return self.ungaussianized(chain.inv(x))[0]
+        return self.gaussianizer(chain.inv(x))
 
     def at(self, t: float) -> "InterpolantDistribution":
         """Return the distribution at time t: the base at 0, the model at 1.

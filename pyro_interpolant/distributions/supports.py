@@ -22,7 +22,7 @@ from ..interpolants.nonlinear import Geodesic, wrap
 from ..nn.mlp import VelocityMLP
 from ..nn.torus import TorusMLP
 from ..nn.velocity import embedded, evaluate, may_be_periodic
-from ..transforms.bijections import Cached
+from ..transforms.bijections import Cached, PerEvent
 from ..transforms.flow import Flow
 from ..transforms.gaussianize import without_gaussianizer
 from .base_support import stated_support
@@ -89,21 +89,10 @@ class Support(ABC):
             ValueError: If the flow is not one for this support.
         """
 
-    def onto(self, flow: Flow, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return values on the support, and the log-determinant of the map to it.
-
-        Args:
-            flow: The flow.
-            x: Values in the flow's coordinates, shape ``(*, D)``.
-
-        Returns:
-            Values, shape ``(*, *event_shape)``, and ``log |dy/dx|``, shape ``(*)``.
-        """
-        log_det = x.new_zeros(x.shape[:-1])
-        for transform in self.transforms(flow):
-            y = transform(x)
-            log_det, x = log_det + transform.log_abs_det_jacobian(x, y), y
-        return x, log_det
+    @property
+    @abstractmethod
+    def onto(self) -> Transform:
+        """The map from real vectors to the support, which remembers no pairs."""
 
     def within_bounds(self, value: Tensor) -> Tensor | None:
         """Return which events, shape ``(*)``, are within bounds that the bijection would clamp to.
@@ -179,7 +168,7 @@ class BijectiveSupport(Support):
     def __init__(self, constraint: Constraint) -> None:
         super().__init__(constraint)
         self.bijection = bijection(constraint)
-        self.on_events = OnEvents(constraint)
+        self.on_events = OnEvents(constraint, self.bijection.codomain.event_dim)
 
     def is_real(self) -> bool:
         """Return whether values are real vectors themselves."""
@@ -263,6 +252,11 @@ class BijectiveSupport(Support):
             )
         return [Cached(self.bijection)]
 
+    @property
+    def onto(self) -> Transform:
+        """The bijection, its log-determinant one number an event."""
+        return PerEvent(self.bijection)
+
     def check_rows(self, flow: Flow, rows: Tensor, context: Tensor | None) -> None:
         """Raise a ValueError for a path on the torus; rows of shape ``(N, D)`` may be any."""
         if isinstance(flow.interpolant, Geodesic):
@@ -319,7 +313,12 @@ class CircularSupport(Support):
                 "expected no whitening map for angles, whose scale is that of the circle: leave "
                 "transform.flow.whitening alone"
             )
-        return [Cached(_Wrap())]
+        return [Cached(self.onto)]
+
+    @property
+    def onto(self) -> Transform:
+        """The map that subtracts whole turns."""
+        return _Wrap()
 
     def default_base(self, flow: Flow) -> UniformTorus:
         """Return the uniform base: there is no normal one."""
@@ -414,11 +413,11 @@ class OnEvents(Constraint):
 
     Args:
         support: The support.
+        event_dim: The number of dimensions of an event, of its bijection.
     """
 
-    def __init__(self, support: Constraint) -> None:
+    def __init__(self, support: Constraint, event_dim: int) -> None:
         self.inner = support
-        event_dim = bijection(support).codomain.event_dim
         shaped = isinstance(without_gaussianizer(support), Shaped)  # so scalars, of dimension 0
         self.event_dim = event_dim if shaped else max(1, event_dim)
         super().__init__()

@@ -102,10 +102,9 @@ class Planar(dist.Distribution):
     pytree_data_fields = ("base",)
     support = constraints.real_vector
 
-    def __init__(self, base: dist.Distribution, *, validate_args: bool | None = None) -> None:
+    def __init__(self, base: dist.Distribution) -> None:
         self.base = base
-        shape = (2 * base.event_shape[0],)
-        super().__init__(base.batch_shape, shape, validate_args=validate_args)
+        super().__init__(base.batch_shape, (2 * base.event_shape[0],))
 
     @property
     def has_rsample(self) -> bool:

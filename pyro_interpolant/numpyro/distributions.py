@@ -8,7 +8,7 @@ nothing but contexts and what the base is made of.
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -19,7 +19,6 @@ import numpyro.distributions as dist
 from jax import Array, lax
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
-from numpyro.distributions import constraints
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import validate_sample
@@ -30,7 +29,7 @@ from .bases import base_log_prob, in_batch
 from .flow import to_white
 from .frozen import Weights
 from .given import given_value
-from .supports import Bijection, OnEvents, backward, bijection, per_event, text_of
+from .supports import OnEvents, backward, bijection, per_event, text_of
 from .transforms import InterpolantTransform
 
 __all__ = [
@@ -39,6 +38,8 @@ __all__ = [
     "JointInterpolantDistribution",
 ]
 
+_Shape = tuple[int, ...]
+
 
 class InterpolantDistribution(dist.TransformedDistribution):
     r"""A distribution learned by a stochastic interpolant; made by ``load``.
@@ -46,28 +47,11 @@ class InterpolantDistribution(dist.TransformedDistribution):
     As :class:`pyro_interpolant.InterpolantDistribution`, to which it is equal.
 
     Args:
-        base_dist: The distribution of what the first transform takes, event shape ``(D,)``.
+        base_distribution: The distribution of what the first transform takes, event shape
+            ``(D,)``.
         transforms: Those from the base to the support, an :class:`InterpolantTransform` among
             them.
     """
-
-    pytree_aux_fields = ("_sites",)
-
-    def __init__(
-        self,
-        base_dist: dist.Distribution,
-        transforms: Sequence[Transform],
-        *,
-        validate_args: bool | None = None,
-    ) -> None:
-        self._sites = ""
-        super().__init__(base_dist, list(transforms), validate_args=validate_args)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """The support of one event."""
-        last = self.transforms[-1]
-        return OnEvents(last.text) if isinstance(last, Bijection) else constraints.real_vector
 
     @property
     def transform(self) -> InterpolantTransform:
@@ -180,7 +164,7 @@ class ConditionalInterpolantDistribution:
     r"""A learned conditional distribution :math:`\rho_1(x | c)`; made by ``load``.
 
     Args:
-        base_dist: As in :class:`InterpolantDistribution`.
+        base_distribution: As in :class:`InterpolantDistribution`.
         transforms: As in :class:`InterpolantDistribution`.
         sites: As in :class:`JointInterpolantDistribution`, or nothing.
         context_columns: The names of the columns of contexts in the order of the flow, or nothing.
@@ -190,13 +174,13 @@ class ConditionalInterpolantDistribution:
 
     def __init__(
         self,
-        base_dist: dist.Distribution,
+        base_distribution: dist.Distribution,
         transforms: Sequence[Transform],
         *,
         sites: Sequence[tuple[str, Sequence[int], Any]] = (),
         context_columns: Sequence[str] = (),
     ) -> None:
-        self.base_dist, self.transforms = base_dist, list(transforms)
+        self.base_dist, self.transforms = base_distribution, list(transforms)
         self._sites, self.context_columns = json.dumps(list(sites)), tuple(context_columns)
 
     def condition(self, context: ArrayLike | Sequence[Any]) -> InterpolantDistribution:
@@ -250,7 +234,7 @@ class JointInterpolantDistribution(InterpolantDistribution):
     unconstrained by the bijections of their supports.
 
     Args:
-        base_dist: As in :class:`InterpolantDistribution`.
+        base_distribution: As in :class:`InterpolantDistribution`.
         transforms: As in :class:`InterpolantDistribution`.
         sites: Of each site its name, shape and support as a file describes it.
 
@@ -258,17 +242,19 @@ class JointInterpolantDistribution(InterpolantDistribution):
         ValueError: If the packed size of the sites is not the flow's dimension.
     """
 
+    pytree_aux_fields = ("_sites",)
+
     def __init__(
         self,
-        base_dist: dist.Distribution,
-        transforms: Sequence[Transform],
+        base_distribution: dist.Distribution,
+        transforms: list[Transform],
         *,
         sites: Sequence[tuple[str, Sequence[int], Any]],
         validate_args: bool | None = None,
     ) -> None:
-        super().__init__(base_dist, transforms, validate_args=validate_args)
+        super().__init__(base_distribution, transforms, validate_args=validate_args)
         self._sites = json.dumps(list(sites))
-        size = sum(math.prod(real) for _, real, *_ in self._parts())
+        size = sum(math.prod(real) for _, _, real, *_ in self._parts())
         if size != self.transform.event_dim:
             raise ValueError(
                 f"expected a flow of dimension {size}, got {self.transform.event_dim}"
@@ -279,14 +265,12 @@ class JointInterpolantDistribution(InterpolantDistribution):
         """The shapes of the sites by name, in the order of packing."""
         return {name: tuple(shape) for name, shape, _ in json.loads(self._sites)}
 
-    def _parts(self) -> list[tuple[str, tuple[int, ...], Transform, OnEvents]]:
-        """Return of each site its name, its unconstrained shape, its bijection, its support."""
-        parts = []
+    def _parts(self) -> Iterator[tuple[str, _Shape, _Shape, Transform, OnEvents]]:
+        """Yield of each site its name, shape, unconstrained shape, bijection and support."""
         for name, shape, support in json.loads(self._sites):
             transform = bijection(support)
             real = tuple(transform.inverse_shape(tuple(shape)))
-            parts.append((name, real, transform, OnEvents(text_of(support))))
-        return parts
+            yield name, tuple(shape), real, transform, OnEvents(text_of(support))
 
     def sample_sites(self, name: str) -> dict[str, Array]:
         """Sample all sites inside a NumPyro model: one latent site, and named deterministic ones.
@@ -334,10 +318,10 @@ class JointInterpolantDistribution(InterpolantDistribution):
         if found[-1:] != (size,):
             raise ValueError(f"expected packed vectors of shape (*, {size}), got {found}")
         sites, start = {}, 0
-        for name, shape, transform, _ in self._parts():
-            part = packed[..., start : start + math.prod(shape)]
-            start += math.prod(shape)
-            sites[name] = transform(part.reshape(*part.shape[:-1], *shape))
+        for name, _, real, transform, _ in self._parts():
+            part = packed[..., start : start + math.prod(real)]
+            start += math.prod(real)
+            sites[name] = transform(part.reshape(*part.shape[:-1], *real))
         return sites
 
     def pack(self, draws: Mapping[str, ArrayLike]) -> Array:
@@ -348,8 +332,8 @@ class JointInterpolantDistribution(InterpolantDistribution):
                 known, outside its support.
         """
         parts = {}
-        for name, real, transform, support in self._parts():
-            shape, value = self.sites[name], jnp.asarray(draws[name]) if name in draws else None
+        for name, shape, real, transform, support in self._parts():
+            value = jnp.asarray(draws[name]) if name in draws else None
             batch = -1 if value is None else value.ndim - len(shape)
             if value is None or batch < 0 or value.shape[batch:] != shape:
                 got = "none" if value is None else f"shape {value.shape}"

@@ -26,7 +26,7 @@ from .distributions import (
 from .flow import Grid, check_grid
 from .frozen import Frozen
 from .mlp import expected_shapes
-from .supports import Bijection, event_shape, is_real, text_of
+from .supports import Bijection, check_size, is_real, text_of
 from .transforms import InterpolantTransform, Whiten
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def _check_support(header: Mapping[str, Any], transform: InterpolantTransform) -
     """Raise a ValueError unless the support has the flow's size, and angles their flow."""
     description = header["support"]
     try:
-        event_shape(description, transform.event_dim)
+        check_size(description, transform.event_dim)
     except _ERRORS as error:
         raise RefusedError(f"its support cannot be made: {error}") from error
     if description != "circular":

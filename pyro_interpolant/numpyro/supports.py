@@ -314,14 +314,10 @@ def text_of(description: Description) -> str:
     return json.dumps(description)
 
 
-def event_shape(description: Description, size: int) -> tuple[int, ...]:
-    """Return the shape of an event of ``size`` unconstrained coordinates.
-
-    Raises:
-        ValueError: If NumPyro has no such support, or not of this size; the message names it.
-    """
+def check_size(description: Description, size: int) -> None:
+    """Raise a ValueError unless NumPyro has a support, of ``size`` unconstrained coordinates."""
     if is_real(description):
-        return (size,)
+        return
     transform = Bijection(text_of(description))
     shape = tuple(transform.forward_shape((size,)))
     if transform.inverse_shape(shape) != (size,):
@@ -329,7 +325,6 @@ def event_shape(description: Description, size: int) -> tuple[int, ...]:
     y = transform(jnp.zeros(size))
     if y.shape != shape or transform.inverse_with_log_det(y)[1].shape != ():
         raise ValueError(f"expected a support of events of shape {shape}")
-    return shape
 
 
 def bijection(description: Description) -> Transform:

@@ -218,5 +218,5 @@ def _compared(distribution: AnyDistribution, rows: Rows, deadline: float) -> tup
 
 def _unconstrained(distribution: AnyDistribution, u: Tensor) -> Tensor:
     """Return values of the flow's coordinates, ``(*, D)``, in front of any Gaussianizing map."""
-    x, _ = distribution.ungaussianized(u)
+    x = distribution.gaussianizer(u)
     return wrap(x) if isinstance(distribution.space, CircularSupport) else x

@@ -70,8 +70,8 @@ def reference(distribution: AnyDistribution, kept: Rows) -> Callable[[Rows], Ten
         return lambda rows: rows.w.new_full((len(rows.w),), constant, dtype=torch.float64)
     columns = kept.w.shape[-1] + (0 if kept.context is None else kept.context.shape[-1])
     few = kept.evenly(max(_FEWEST_FITTED, min(_FITTED_ROWS, _FITTED_NUMBERS // columns)))
-    flow = distribution.transform.flow
-    x = distribution.ungaussianized(few.w.to(flow.loc))[0].double()
+    flow, gaussianizer = distribution.transform.flow, distribution.gaussianizer
+    x = gaussianizer(few.w.to(flow.loc)).double()
     share = shares_of(few.w, few.weight)
     if len(x) <= columns + (flow.classes or 1):
         return None
@@ -89,9 +89,10 @@ def reference(distribution: AnyDistribution, kept: Rows) -> Callable[[Rows], Ten
 
     def log_prob(rows: Rows) -> Tensor:
         w = rows.w.to(flow.loc)
-        x, log_det = (part.double() for part in distribution.ungaussianized(w))
-        volume = distribution.from_flow(w)[1].double()
-        return normal.log_prob(x / scale - mean(rows)) - scale.log().sum() + log_det - volume
+        x, volume = gaussianizer(w), distribution.from_flow(w)[1].double()
+        log_det = gaussianizer.log_abs_det_jacobian(w, x).double()
+        z = x.double() / scale - mean(rows)
+        return normal.log_prob(z) - scale.log().sum() + log_det - volume
 
     return log_prob
 

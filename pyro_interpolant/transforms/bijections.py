@@ -9,7 +9,6 @@ small shares.
 """
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,6 +18,7 @@ from torch.distributions import (
     StickBreakingTransform,
     Transform,
     constraints,
+    identity_transform,
 )
 from torch.nn.functional import logsigmoid, pad
 
@@ -94,9 +94,11 @@ class PerEvent(RealVectorTransform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``log |dy/dx|``, shape ``(*)``."""
-        value = self.wrapped.log_abs_det_jacobian(x, y)
         batch = x.shape[:-1]
-        return value.reshape(*batch, math.prod(value.shape[len(batch) :])).sum(-1).to(x.dtype)
+        if 0 in batch:  # of which torch's sums over an event have no shape
+            return x.new_zeros(batch)
+        value = self.wrapped.log_abs_det_jacobian(x, y)
+        return value.reshape(*batch, -1).sum(-1).to(x.dtype)
 
     def forward_shape(self, shape: Sequence[int]) -> Sequence[int]:
         """Return the shape on the support."""
@@ -105,6 +107,9 @@ class PerEvent(RealVectorTransform):
     def inverse_shape(self, shape: Sequence[int]) -> Sequence[int]:
         """Return the shape as real vectors."""
         return self.wrapped.inverse_shape(shape)
+
+
+identity = PerEvent(identity_transform)  # gives back the very tensor
 
 
 class Cached(PerEvent, CachedTransform):

@@ -1,21 +1,18 @@
 r"""Straighter paths: reflow, training on the flow's own pairs."""
 
 import copy
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+from torch.distributions import ComposeTransform
 
 from .._package import check_ranges, whole
 from .._torch import seeded, with_gradients
 from ..diagnostics.calibration import calibrate
-from ..distributions.interpolant import (
-    AnyDistribution,
-    InterpolantDistribution,
-)
+from ..distributions.interpolant import AnyDistribution
 from ..distributions.rows import as_tensor, contexts_of_rows
 from ..interpolants.linear import Interpolant, Linear
 from ..solvers.ode import FixedGrid
@@ -129,7 +126,9 @@ def reflow(
     new.transform.solver = FixedGrid()
     with seeded(seed), torch.no_grad():
         shape = (int(count),) if contexts is None else ()
-        base, data = _pairs(distribution.given(contexts), shape)
+        view = distribution.given(contexts)
+        base = view.base_dist.sample(shape)  # in the coordinates that fit takes pairs in
+        data = ComposeTransform(view.transforms)(base)
     _check_draws(new, data, contexts)
     images = is_image(new.row_shape)
     fit_options = {**(IMAGE_OPTIONS if images else {}), **fit_options}
@@ -146,15 +145,6 @@ def reflow(
         _report(new, base[few], *compared, tolerance),
         outcome,
     )
-
-
-def _pairs(view: InterpolantDistribution, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return base draws, in the coordinates that ``fit`` takes pairs in, and their images."""
-    base = view.base_dist.sample(shape)
-    x = base
-    for part in view.transforms:
-        x = part(x)
-    return base, x
 
 
 def _check_draws(distribution: AnyDistribution, x: Tensor, context: Tensor | None) -> None:

@@ -63,6 +63,16 @@ def test_sizes_and_shapes_are_inverse(name):
     assert space.size(space.event_shape(case.dim)) == case.dim
 
 
+@pytest.mark.parametrize("name", ["real_vector", *SUPPORTS])
+def test_no_values_have_as_many_volumes(name):
+    case = SUPPORTS.get(name)
+    support, dim = (constraints.real_vector, 2) if case is None else (case.support, case.dim)
+    flow = InterpolantDistribution(random_flow(dim), support=support)
+    y, log_det = flow.from_flow(torch.empty(0, 4, dim))
+    assert y.shape == (0, 4, *flow.event_shape)
+    assert log_det.shape == (0, 4)
+
+
 @pytest.mark.parametrize(
     "real",
     [constraints.real, constraints.real_vector, constraints.independent(constraints.real, 1)],
