@@ -5,8 +5,9 @@ By ``neutra``, as ``reparam`` does it for learned priors inside of a model.
 
 import contextlib
 import copy
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -26,7 +27,7 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform
 
-from .._torch import broadcast_shapes
+from .._torch import broadcast_shapes, seeded, with_gradients
 from ..distributions.constraints import biject, is_all_real
 from ..distributions.joint import sample_in_place
 from ..distributions.rows import as_tensor
@@ -35,12 +36,14 @@ from ..transforms.bijections import Unseen
 from ..transforms.gaussianize import without_gaussianizer
 from .autoguide import AutoInterpolant
 from .reparam import holders, requested_value
+from .runs import nodes_of
 from .sites import (
     LatentSites,
     Model,
     Site,
     check_fixed_shape,
     check_fixed_support,
+    unchecked,
     whole_model,
 )
 from .validity import has_density, log_prob_left_out, without_masks
@@ -60,6 +63,8 @@ class Neutra:
         model: Its model.
         student: A distribution whose transforms take the place of the guide's, or None.
     """
+
+    _moved: frozenset[str] | None = None  # observed sites, known from the first run on
 
     def __init__(
         self,
@@ -88,7 +93,7 @@ class Neutra:
             points.append(part(points[-1]))
         z = points[-1]
         parts = {name: (real, t) for name, t, real in self.sites.split(z)}
-        images = _Images(parts, self.sites.shapes, z, name)
+        images = _Images(parts, self.sites.shapes, z, name, self._moved_data(*args, **kwargs))
         with images:
             result = self.model(*args, **kwargs)
         if images.parts:
@@ -106,6 +111,24 @@ class Neutra:
         if self.student is not None:
             return ComposeTransform([Unseen(), *self.student.transforms])
         return self.guide.get_transform(*args, **kwargs)
+
+    def _moved_data(self, *args: object, **kwargs: object) -> frozenset[str]:
+        """Return the names of observed sites whose values latent ones move, as those of residuals.
+
+        These alone may come off a support that is fixed, where formulas go on.
+        """
+        if self._moved is None:
+            model, nodes = functools.partial(self.model, *args, **kwargs), dict[str, Site]()
+            with with_gradients(), unchecked(), seeded(0):
+                z = self.guide._init_loc().requires_grad_()
+                values = {name: value[0] for name, value in self.sites.unpack(z[None]).items()}
+                with contextlib.suppress(Exception):  # of which the run itself will tell
+                    nodes = nodes_of(poutine.condition(model, values))
+            sampled = {k: node["value"] for k, node in nodes.items() if node["type"] == "sample"}
+            self._moved = frozenset(
+                k for k, v in sampled.items() if isinstance(v, Tensor) and v.requires_grad
+            )
+        return self._moved
 
     def _first(self) -> str:
         """Return the name of the first site, after which the base draw is named."""
@@ -230,6 +253,7 @@ class _Images(Messenger):
         shapes: The shape of each site.
         z: The vector, shape ``(*, D)``.
         base: The name of the site that it is made of.
+        moved: The observed sites whose values latent ones move, perhaps off a fixed support.
 
     Attributes:
         total: The sum so far of the log-determinants, shape ``(*)``.
@@ -246,15 +270,17 @@ class _Images(Messenger):
         shapes: Mapping[str, torch.Size],
         z: Tensor,
         base: str,
+        moved: Collection[str],
     ) -> None:
         super().__init__()
-        self.parts, self.shapes, self.base = parts, shapes, base
+        self.parts, self.shapes, self.base, self.moved = parts, shapes, base, moved
         self.total = z.new_zeros(z.shape[:-1])
 
     def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] not in self.parts:
             if msg["is_observed"] and not msg["infer"].get("_deterministic"):
-                valid = has_density(msg["fn"], msg["value"], mask=_mask())
+                moved = msg["name"] in self.moved
+                valid = has_density(msg["fn"], msg["value"], mask=_mask(), moved=moved)
                 if not isinstance(valid, bool):
                     self.left_out = torch.where(valid, 0.0, -math.inf)
                     msg["fn"] = msg["fn"].mask(valid)  # its formula may give no number there

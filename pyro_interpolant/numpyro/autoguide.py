@@ -20,7 +20,7 @@ from numpyro import handlers
 from numpyro.distributions import Distribution
 from numpyro.infer import Predictive, init_to_uniform
 from numpyro.infer.autoguide import AutoContinuous
-from numpyro.infer.util import unconstrain_fn
+from numpyro.infer.util import constrain_fn, unconstrain_fn
 from numpyro.util import not_jax_tracer
 
 from .._package import check_ranges
@@ -30,10 +30,12 @@ from .log_density import (
     Arguments,
     Named,
     Site,
+    check_plates,
     check_random_numbers,
     displacements,
     draws_of,
     log_density,
+    sites_without_density_named,
 )
 from .transforms import InterpolantTransform
 from .validity import innermost_distribution
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["AutoInterpolant", "fit_guide"]
 
 _BLOCKS = (16, 128, 1024, 4096)  # numbers of rows for which a density is compiled
+_ROUNDED = 1e-3  # of the greatest number of a draw, off which one on a support may come back
 
 
 class AutoInterpolant(AutoContinuous):
@@ -184,7 +187,8 @@ def fit_guide(
         if they cannot be relied on.
 
     Raises:
-        TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro, or there is no key.
+        TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro, there is no key, or
+            samples are not by site.
         ValueError: If the samples miss a site, have another shape or are off its support, a
             setting cannot work, a latent site is discrete, or the log density is noisy (a
             subsampled plate, a latent site that ``block`` hides).
@@ -192,6 +196,7 @@ def fit_guide(
     import torch
 
     from .. import distributions, transforms
+    from .._torch import seeded
     from ..infer import autoguide, train_from_density
     from ..infer.importance_sampling import GuideResult, importance_verdict
     from ..nn import VelocityMLP
@@ -203,17 +208,18 @@ def fit_guide(
     clock = Clock(max_seconds, or_none=False)
     setup, draw = jax.random.split(key)
     with _kept_if_refused(guide):
-        with handlers.seed(rng_seed=setup), _sites_without_density_named(guide, args, kwargs):
+        with handlers.seed(rng_seed=setup), sites_without_density_named(guide, args, kwargs):
             guide._setup_prototype(*args, **kwargs)
-        _check_plates(guide)
+        check_plates(guide)
         check_random_numbers(guide, args, kwargs)
         dtype = torch.float64 if jnp.result_type(float) == np.float64 else torch.float32
-        network = VelocityMLP(guide.latent_dim, guide.hidden_dims).to(dtype)
-        posterior = distributions.InterpolantDistribution(transforms.InterpolantTransform(network))
-        density = TorchDensity(guide, args, kwargs)
         limit = clock.part(autoguide.MODEL_SHARE)
         settings: dict[str, Any] = {"max_seconds": limit, "seed": seed, "progress": progress}
         settings |= options or {}
+        with seeded(settings["seed"]):
+            network = VelocityMLP(guide.latent_dim, guide.hidden_dims).to(dtype)
+        posterior = distributions.InterpolantDistribution(transforms.InterpolantTransform(network))
+        density = TorchDensity(guide, args, kwargs)
         if samples is None:
             start = _prior_draws(guide, draw, args, kwargs, autoguide.PRIOR_DRAWS)
             training: FitResult | RoundsResult = train_from_density(
@@ -224,7 +230,7 @@ def fit_guide(
             training = fit(posterior, rows, **settings)
         # The guide's, whose base is N(0, I): fit may have set another.
         posterior = distributions.InterpolantDistribution(posterior.transform)
-        summary, count, verdict = importance_verdict(posterior, density, clock, seed)
+        summary, count, verdict = importance_verdict(posterior, density, clock, settings["seed"])
         guide.posterior = cast(InterpolantDistribution, from_torch(posterior))
         return GuideResult(*summary, count, verdict, clock.spent(), training)
 
@@ -250,8 +256,13 @@ def check_guide(guide: object) -> None:
         )
 
 
-def check_key(key: object) -> None:
-    """Raise a TypeError for what is no random key, such as data where it was forgotten."""
+def check_key(key: object, place: str = "second") -> None:
+    """Raise a TypeError for what is no random key, such as data where it was forgotten.
+
+    Args:
+        key: What was given.
+        place: Which argument it is.
+    """
     got, good = type(key).__name__, False
     if isinstance(key, jax.Array | np.ndarray):
         got = f"an array of {key.dtype}, shape {key.shape}"
@@ -259,49 +270,8 @@ def check_key(key: object) -> None:
         good = not key.shape if is_typed else key.ndim == 1 and key.dtype == np.uint32
     if not good:
         raise TypeError(
-            "expected a key of jax.random as the second argument, such as jax.random.key(0), got "
-            f"{got}"
-        )
-
-
-@contextlib.contextmanager
-def _sites_without_density_named(
-    guide: AutoInterpolant, args: Arguments, kwargs: Named
-) -> Iterator[None]:
-    """Raise a ValueError that names a latent site of no density where a guide has no set-up."""
-    try:
-        yield
-    except (ImportError, NotImplementedError, RuntimeError):
-        model = handlers.seed(guide.model, rng_seed=0)
-        model = handlers.substitute(model, substitute_fn=guide.init_loc_fn)
-        with handlers.block():
-            trace = handlers.trace(model).get_trace(*args, **kwargs)
-        for name, site in trace.items():
-            latent = site["type"] == "sample" and not site["is_observed"]
-            if latent and site["fn"].support.is_discrete:
-                raise ValueError(
-                    f"expected continuous latent sites, got the discrete site {name!r}: "
-                    "marginalise it (a mixture distribution)"
-                ) from None
-            if latent and isinstance(innermost_distribution(site["fn"]), dist.Delta):
-                raise ValueError(
-                    f"expected latent sites with a density, got {name!r} from a Delta, which has "
-                    f"one value: write it as numpyro.deterministic({name!r}, value)"
-                ) from None
-        raise
-
-
-def _check_plates(guide: AutoInterpolant) -> None:
-    """Raise a ValueError if a plate draws which of its rows are seen."""
-    plates = [
-        name
-        for name, site in guide.prototype_trace.items()
-        if site["type"] == "plate" and (site["args"][1] or site["args"][0]) < site["args"][0]
-    ]
-    if plates:
-        raise ValueError(
-            f"expected a log density without noise, got plates {plates} that subsample: call with "
-            "a model that sees all its data"
+            f"expected a key of jax.random as the {place} argument, such as jax.random.key(0), "
+            f"got {got}"
         )
 
 
@@ -334,8 +304,14 @@ def _unconstrained(
     Those of draws outside a support or on its edge are not finite.
 
     Raises:
-        ValueError: If a site is missing, or of another shape.
+        TypeError: If draws are not by site.
+        ValueError: If a site is missing, or of another shape, or there are no draws.
     """
+    if not isinstance(draws, Mapping):
+        raise TypeError(
+            f"expected draws of each site {list(guide._init_locs)} by name, as "
+            f"mcmc.get_samples() gives them, got {type(draws).__name__}"
+        )
     shapes = {name: guide.prototype_trace[name]["value"].shape for name in guide._init_locs}
     missing = sorted(set(shapes) - set(draws))
     if missing:
@@ -357,14 +333,25 @@ def _unconstrained(
             "expected as many draws of every site, got "
             f"{ {name: len(value) for name, value in rows.items()} }"
         )
+    if not all(map(len, rows.values())):
+        raise ValueError("expected draws of every site, got none")
 
     def real_of(sites: dict[str, Array]) -> dict[str, Array]:
         model = handlers.seed(guide.model, rng_seed=0)  # for parameters that a function draws
         real = unconstrain_fn(model, args, kwargs, sites)
-        return {name: jnp.ravel(real[name]) for name in shapes}
+        real = {name: real[name] for name in shapes}
+        back = constrain_fn(model, args, kwargs, real)
+        # Some inverses are finite beside the support, as that of rows that do not sum to one.
+        good = {name: _is_near(back[name], sites[name]) for name in shapes}
+        return {name: jnp.where(good[name], jnp.ravel(real[name]), jnp.nan) for name in shapes}
 
     parts = jax.jit(jax.vmap(real_of))(rows)
     return {name: parts[name] for name in shapes}
+
+
+def _is_near(value: Array, other: Array) -> Array:
+    """Return whether the numbers of a value are those of another, up to rounding."""
+    return jnp.abs(value - other).max(initial=0.0) <= _ROUNDED * jnp.abs(other).max(initial=0.0)
 
 
 def _prior_draws(

@@ -13,7 +13,7 @@ from numpyro.infer.util import constrain_fn
 from .._package import check_ranges, whole
 from .autoguide import AutoInterpolant, TorchDensity, check_guide, check_key, in_blocks
 from .distributions import InterpolantDistribution
-from .log_density import Arguments, Named, log_density
+from .log_density import Arguments, Named, check_latent_sites, log_density
 from .transforms import InterpolantTransform
 
 __all__ = ["ImportanceResult", "importance"]
@@ -63,8 +63,10 @@ class ImportanceResult(NamedTuple):
             Sites by name, each ``(M, *site_shape)``.
 
         Raises:
+            TypeError: If there is no key.
             ValueError: If ``count`` is below 1 or not whole, or no weight is positive.
         """
+        check_key(key, "first")
         check_ranges(whole("count", count, 1, or_none=True))
         count = len(self.log_weights) if count is None else int(count)
         if not self.ess > 0:
@@ -97,7 +99,8 @@ def importance(
 
     Raises:
         TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro, or there is no key.
-        ValueError: If it is not trained, or ``count`` is below 100.
+        ValueError: If it is not trained, ``count`` is below 100, or the model has not the latent
+            sites that the guide has seen, such as data that were forgotten.
     """
     import torch
 
@@ -108,7 +111,9 @@ def importance(
     check_key(key)
     check_ranges(whole("count", count, psis.MIN_DRAWS))
     count = int(count)
-    posterior, density = guide.get_posterior(), log_density(guide, args, kwargs)
+    posterior = guide.get_posterior()
+    check_latent_sites(guide, args, kwargs)
+    density = log_density(guide, args, kwargs)
     z, log_p, log_q, change = _weighed(posterior, density, key, count, psis.tail_length(count))
     importance_sampling.warn_coarse_solver(change, "Train it again by fit_guide")
     raw = psis.log_ratio(*(torch.tensor(np.asarray(part)) for part in (log_p, log_q)))

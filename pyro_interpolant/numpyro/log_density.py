@@ -1,6 +1,7 @@
 r"""The log joint density of a NumPyro model, :math:`\log p(x(z), y) + \log |dx / dz|`."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -69,6 +70,47 @@ def displacements(
     return of_one
 
 
+@contextlib.contextmanager
+def sites_without_density_named(
+    guide: AutoContinuous, args: Arguments, kwargs: Named
+) -> Iterator[None]:
+    """Raise a ValueError that names a latent site of no density where a guide has no set-up."""
+    try:
+        yield
+    except (ImportError, NotImplementedError, RuntimeError):
+        model = handlers.seed(guide.model, rng_seed=0)
+        model = handlers.substitute(model, substitute_fn=guide.init_loc_fn)
+        with handlers.block():
+            trace = handlers.trace(model).get_trace(*args, **kwargs)
+        for name, site in trace.items():
+            latent = site["type"] == "sample" and not site["is_observed"]
+            if latent and site["fn"].support.is_discrete:
+                raise ValueError(
+                    f"expected continuous latent sites, got the discrete site {name!r}: "
+                    "marginalise it (a mixture distribution)"
+                ) from None
+            if latent and isinstance(innermost_distribution(site["fn"]), dist.Delta):
+                raise ValueError(
+                    f"expected latent sites with a density, got {name!r} from a Delta, which has "
+                    f"one value: write it as numpyro.deterministic({name!r}, value)"
+                ) from None
+        raise
+
+
+def check_plates(guide: AutoContinuous) -> None:
+    """Raise a ValueError if a plate draws which of its rows are seen."""
+    plates = [
+        name
+        for name, site in guide.prototype_trace.items()
+        if site["type"] == "plate" and (site["args"][1] or site["args"][0]) < site["args"][0]
+    ]
+    if plates:
+        raise ValueError(
+            f"expected a log density without noise, got plates {plates} that subsample: call with "
+            "a model that sees all its data"
+        )
+
+
 def check_random_numbers(guide: AutoContinuous, args: Arguments, kwargs: Named) -> None:
     """Raise a ValueError if a model draws random numbers that are none of its latent sites.
 
@@ -92,6 +134,38 @@ def check_random_numbers(guide: AutoContinuous, args: Arguments, kwargs: Named) 
             "its latent sites: show a site that handlers.block hides, or give it a value by "
             "handlers.substitute inside of the block; pass what numpyro.prng_key() draws"
         ) from error
+
+
+def check_latent_sites(guide: AutoContinuous, args: Arguments, kwargs: Named) -> None:
+    """Raise a ValueError unless a model has the latent sites that its guide has seen.
+
+    Args:
+        guide: A guide that knows its model.
+        args: The arguments of the model.
+        kwargs: Its named arguments.
+    """
+    known, observed, latent = set(guide._init_locs), set[str](), set[str]()
+    values = {name: guide.prototype_trace[name]["value"] for name in known}
+
+    def run() -> None:
+        with handlers.block(), handlers.trace() as trace, handlers.substitute(data=values):
+            handlers.seed(guide.model, rng_seed=0)(*args, **kwargs)
+        for name, site in trace.items():
+            if site["type"] == "sample":
+                (observed if site["is_observed"] else latent).add(name)
+
+    jax.eval_shape(run)
+    if known & observed:
+        raise ValueError(
+            f"expected sites {sorted(known & observed)} to be latent, as when the guide was set "
+            "up, got them observed: train a guide of the model with these data"
+        )
+    if latent != known:
+        raise ValueError(
+            "expected the latent sites the guide has seen, got a model with "
+            f"{sorted(latent - known)} besides and without {sorted(known - latent)}: give it the "
+            "data it was trained with, or train a guide with these arguments"
+        )
 
 
 def _tracer(

@@ -142,7 +142,8 @@ class _InBaseSpace(Reparam):
         """Give the base the value to start from, if there is one: each member of a plate its own.
 
         Raises:
-            ValueError: If the value does not broadcast to the shape of the site.
+            ValueError: If the value does not broadcast to the shape of the site, or is known to
+                be outside its support.
         """
         if self.value is None:
             yield
@@ -158,6 +159,11 @@ class _InBaseSpace(Reparam):
             ) from error
         for transform in reversed(self.flow.transforms):
             x = transform.inv(x)
+        if not_jax_tracer(x) and not np.isfinite(x).all():  # a sampler would find no start
+            raise ValueError(
+                f"expected an initial value of site {name!r} strictly inside its support "
+                f"{fn.support}, got others: pass another to init_to_value"
+            )
         x = in_planes(x, _RAYLEIGH_RMS) if _is_angular(self.flow) else x
         with warnings.catch_warnings(), handlers.substitute(data={name + _BASE: x}):
             warnings.filterwarnings("ignore", ".*skipping initialization of site")

@@ -60,6 +60,13 @@ def rates_out_of_range(a):
     return dist.Poisson(1 - a[..., None]), torch.zeros(3)
 
 
+def residuals_below_zero(a):
+    return dist.Exponential(2.0), torch.stack((1 - a, 1.5 - a, 2 - a), -1)
+
+
+LIKELIHOODS = [shares_out_of_range, rates_out_of_range, residuals_below_zero]
+
+
 def test_a_guide_in_training_is_copied_as_it_is_used():
     """Without dropout, which an embedding of one's own may have; the guide itself stays."""
     guide = small().train()
@@ -70,7 +77,7 @@ def test_a_guide_in_training_is_copied_as_it_is_used():
     assert all(p.requires_grad for p in guide.transform.velocity.parameters())
 
 
-@pytest.mark.parametrize("likelihood", [shares_out_of_range, rates_out_of_range])
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_what_validation_refuses_has_no_density(likelihood):
     def model():
         a = pyro.sample("a", dist.Normal(0.5, 0.1))

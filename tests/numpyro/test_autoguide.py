@@ -713,6 +713,8 @@ def test_draws_without_weight_are_not_resampled():
     )
     with pytest.raises(ValueError, match="expected draws with positive weights, got none"):
         none.resampled(KEY)
+    with pytest.raises(TypeError, match="a key of jax.random as the first argument, .* got int"):
+        none.resampled(100)
 
 
 @pytest.mark.slow
@@ -970,3 +972,54 @@ def test_draws_off_a_support_are_refused_by_site():
     message = r"site 's' strictly inside its support Positive.*got 1 of 10 .*being draw 3"
     with pytest.raises(ValueError, match=message):
         fit_guide(AutoInterpolant(model), KEY, samples=draws, **QUICK)
+
+
+def test_draws_beside_a_support_are_refused_though_their_inverse_is_finite():
+    def model():
+        numpyro.sample("shares", dist.Dirichlet(jnp.ones(3)))
+
+    draws = jnp.full((7, 3), 1 / 3).at[2].set(0.3)
+    message = r"site 'shares' strictly inside its support.*got 1 of 7 .*being draw 2"
+    with pytest.raises(ValueError, match=message):
+        fit_guide(AutoInterpolant(model), KEY, samples={"shares": draws}, **QUICK)
+
+
+def test_draws_are_by_site_and_there_are_some():
+    guide, y = AutoInterpolant(conjugate), jnp.ones(2)
+    with pytest.raises(TypeError, match=r"each site \['x'\] by name, as .* gives them, got "):
+        fit_guide(guide, KEY, y, samples=jnp.zeros((9, 2)), **QUICK)
+    with pytest.raises(ValueError, match="expected draws of every site, got none"):
+        fit_guide(guide, KEY, y, samples={"x": jnp.zeros((0, 2))}, **QUICK)
+
+
+def test_the_seed_is_that_of_the_first_weights_too(monkeypatch):
+    seen = []
+
+    def trained(posterior, *args, **settings):
+        seen.append(posterior.transform.velocity.layers[0].weight.detach().clone())
+        raise ArithmeticError
+
+    monkeypatch.setattr("pyro_interpolant.training.fit", trained)
+    guide, samples = AutoInterpolant(conjugate), {"x": jnp.zeros((9, 2))}
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        with pytest.raises(ArithmeticError):
+            fit_guide(guide, KEY, jnp.ones(2), samples=samples, **QUICK)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*seen)
+
+
+def test_weights_are_of_a_model_with_the_latent_sites_of_the_guide():
+    def model(x=None, y=None):
+        x = numpyro.sample("x", dist.Normal(), obs=x)
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    guide, _, _ = known_guide(model, None, 1.0)
+    with pytest.raises(ValueError, match=r"expected sites \['x'\] to be latent, as when"):
+        importance(guide, KEY, 0.5, 1.0)
+    with pytest.raises(ValueError, match=r"got a model with \['y'\] besides and without \[\]"):
+        importance(guide, KEY)
+    guide.model = lambda: numpyro.sample("z", dist.Normal())
+    with pytest.raises(ValueError, match=r"with \['z'\] besides and without \['x'\]"):
+        importance(guide, KEY)

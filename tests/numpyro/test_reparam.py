@@ -290,6 +290,9 @@ def test_an_initial_value_on_a_support():
     found = initialize_model(KEY, base_space(model), init_strategy=start).param_info.z["z_base"]
     z = prior.transforms[-1](prior.transform(found))
     np.testing.assert_allclose(z, [0.5, 2.0], rtol=1e-3)
+    start = init_to_value(values={"z": jnp.array([0.5, -2.0])})
+    with pytest.raises(ValueError, match="value of site .z. strictly inside its support"):
+        initialize_model(KEY, base_space(model), init_strategy=start)
 
 
 @pytest.mark.slow
