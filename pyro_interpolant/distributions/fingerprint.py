@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.utils import lazy_property
 
+from ..nn.velocity import fixed_weights
 from ..transforms.flow import Flow
 from .bases import Samples
 
@@ -60,6 +61,7 @@ def identity_of(flow: Flow, base: object, coupling: object, *given: object) -> l
         *given: What else the training was given.
     """
     base = None if isinstance(base, Samples) else base
+    given = *given, *fixed_weights(flow.velocity)
     found = fingerprint(layers_of(flow.velocity), flow.interpolant, base, coupling, *given)
     names = [_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
     return [found, [names, [list(p.shape) for p in flow.velocity.parameters()]]]

@@ -37,7 +37,7 @@ from ..distributions.rows import (
     names_of,
 )
 from ..distributions.supports import BijectiveSupport, CircularSupport, support_of
-from ..nn.modes import fixed_weights
+from ..nn.velocity import fixed_weights
 from ..solvers.parallel import one_thread_each
 from ..training.building import context_names, contexts_for, from_samples, new_network
 from ..training.clock import Clock

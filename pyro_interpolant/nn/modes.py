@@ -1,9 +1,11 @@
-"""A network in training or in evaluation, for the duration of a block; which weights may move."""
+"""A network in training or in evaluation, for the duration of a block."""
 
 import contextlib
 from collections.abc import Iterator
 
 from torch import nn
+
+from .velocity import fixed_weights
 
 
 @contextlib.contextmanager
@@ -22,16 +24,6 @@ def _in_mode(network: nn.Module, *, train: bool) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def fixed_weights(network: nn.Module) -> list[str]:
-    """Return the names of the weights frozen beside others that are not: no training moves them.
-
-    A network may be frozen as a whole, as a trained one is; all its weights can be trained on.
-    """
-    weights = dict(network.named_parameters())
-    fixed = [name for name, p in weights.items() if not p.requires_grad]
-    return fixed if len(fixed) < len(weights) else []
 
 
 @contextlib.contextmanager

@@ -110,6 +110,16 @@ def size_of(velocity: nn.Module, name: str) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def fixed_weights(network: nn.Module) -> list[str]:
+    """Return the names of the weights frozen beside others that are not: no training moves them.
+
+    A network may be frozen as a whole, as a trained one is; all its weights can be trained on.
+    """
+    weights = dict(network.named_parameters())
+    fixed = [name for name, p in weights.items() if not p.requires_grad]
+    return fixed if len(fixed) < len(weights) else []
+
+
 def checked_labels(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """Return labels as contexts, shape ``(*, 1)``, of whole numbers from 0 to ``classes - 1``.
 

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -18,7 +19,7 @@ from ..distributions.fingerprint import identity_of
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.report import Report
 from ..interpolants.couplings import independent
-from ..nn.modes import fixed_weights, trainable
+from ..nn.modes import trainable
 from ..solvers.ode import Solver
 from ..solvers.parallel import one_thread_each
 from ..transforms.flow import Flow
@@ -236,9 +237,8 @@ def fit(
     source = kind(distribution, data, validation, **given, flip=flip, anew=anew)
     process.check_same("table, by its checksum,", source.checksum, _SHARED_TABLE)
     with seeded(process.seed(seed)):
-        asked = steps, max_seconds, learning_rate, weight_decay, batch_size, patience, ema, learn
-        more = seed, source.share, whiten, *["flip"] * flip, *fixed_weights(flow.velocity)
-        identity: list[Any] = [source.checksum, [*asked, *more]]
+        asked = [steps, max_seconds, learning_rate, weight_decay, batch_size, patience, ema, learn]
+        identity = [source.checksum, [*asked, seed, source.share, whiten, *["flip"] * flip]]
         if checkpoint is not None:  # it goes through all weights and samples
             identity += identity_of(flow, distribution.base, coupling, base_samples, validation)
         exact = source.exact and (process.world == 1 or not process.own_rows)
@@ -248,17 +248,18 @@ def fit(
         split = source.split(process, batch_size, clock=clock, state=before, progress=progress)
         with _restored_on_error(distribution):
             start_from(distribution, base_samples, split, source, process, anew=anew)
-            if learn == "velocity":
+            seen, unseen = distribution.white_base().split(source.share or DEFAULT_SHARE)
+            exponent = exponent_of(flow, seen, learn, before)
+            aim = partial(Objective, target=learn, exponent=exponent, means=takes_means(before))
+            density = HeldOutDensity(distribution, split) if learn == "velocity" else None
+            if density is not None:
                 choices = {"keep": not whiten, "at_random": at_random}
                 prepare_flow(distribution, split.kept, before, process, **choices)
-            seen, unseen = distribution.white_base().split(source.share or DEFAULT_SHARE)
-            exponent, means = exponent_of(flow, seen, learn, before), takes_means(before)
-            objective = Objective(
-                flow, seen, coupling, process, target=learn, exponent=exponent, means=means
-            )
+            objective = aim(flow, seen, coupling, process)
             near = objective.without_outliers(split.held)
             fixed = objective.fixed_points(near, unseen, split.size)
-            density = HeldOutDensity(distribution, split, near) if learn == "velocity" else None
+            if density is not None:
+                density.near = near
         source.names.give_to(distribution)
         with trainable(objective.network), _naming_rows(source, objective):
             batches = source.batches(split, objective)

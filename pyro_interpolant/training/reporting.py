@@ -142,16 +142,14 @@ class HeldOutDensity:
     Args:
         distribution: What is trained.
         split: The rows held out, and those to train on, in the flow's coordinates.
-        near: The rows held out, without outliers.
 
     Attributes:
-        judging: The rows whose scores choose the weights of a run.
+        near: The rows held out, from which those that judge are taken; without outliers, once the
+            flow's map is set, which tells of them.
     """
 
-    def __init__(self, distribution: AnyDistribution, split: Split, near: Rows) -> None:
-        self.distribution, self.split, self.near = distribution, split, near
-        count = max(2, _JUDGED_NUMBERS // near.w.shape[1])
-        self.judging = near.evenly(min(_JUDGED_ROWS, count))
+    def __init__(self, distribution: AnyDistribution, split: Split) -> None:
+        self.distribution, self.split, self.near = distribution, split, split.held
         images = is_image(distribution.row_shape)
         self.normal = None if images else reference(distribution, split.kept)
         self.name = "uniform" if isinstance(distribution.space, CircularSupport) else GAUSSIAN
@@ -160,6 +158,12 @@ class HeldOutDensity:
         self.judges = self.is_known and not self.has_bounds
         self.last: Scores | None = None  # of the rows that judge
         self.against: float | None = None  # the Gaussian's mean of these
+
+    @property
+    def judging(self) -> Rows:
+        """The rows whose scores choose the weights of a run."""
+        count = max(2, _JUDGED_NUMBERS // self.near.w.shape[1])
+        return self.near.evenly(min(_JUDGED_ROWS, count))
 
     def go_on(self, best: Tensor | None, *, judges: bool) -> None:
         """Judge on by what a run began with: scores of two kinds cannot be compared.
