@@ -8,7 +8,7 @@ import torch
 from cases import SUPPORTS, random_flow
 from kinds import angular_flow
 from pyro.distributions import constraints
-from torch.distributions import biject_to
+from torch.distributions import AffineTransform, ExpTransform, biject_to
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
@@ -437,6 +437,12 @@ BOUNDED = {  # a base, and the ends of its support
     "uniform": (lambda: dist.Uniform(torch.tensor([-1.0]), 1.0).to_event(1), (-1.0, 1.0)),
     "exponential": (lambda: dist.Exponential(torch.ones(1)).to_event(1), (0.0, math.inf)),
     "log-normal": (lambda: dist.LogNormal(torch.zeros(1), 1.0).to_event(1), (0.0, math.inf)),
+    "below one": (
+        lambda: dist.TransformedDistribution(
+            dist.Normal(torch.zeros(1), 1.0), [ExpTransform(), AffineTransform(1.0, -2.0)]
+        ).to_event(1),
+        (-math.inf, 1.0),
+    ),
     "a flow": (
         lambda: InterpolantDistribution(random_flow(1), support=constraints.less_than(2.0)),
         (-math.inf, 2.0),
