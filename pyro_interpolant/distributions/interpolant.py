@@ -332,7 +332,8 @@ class InterpolantDistribution(Summaries):
 
     def without_support(self) -> "InterpolantDistribution":
         """Return the distribution of the flow's own coordinates: real vectors."""
-        return InterpolantDistribution(self.transform, self.base)
+        is_checked = self._validate_args
+        return InterpolantDistribution(self.transform, self.base, validate_args=is_checked)
 
     def given(self, context: Tensor | None) -> "InterpolantDistribution":
         """Return the distribution itself, which takes no context.

@@ -157,6 +157,14 @@ def test_moments_given_a_context_that_is_not_finite_are_refused(number):
         given.entropy()
 
 
+def test_moments_of_arguments_that_are_not_checked_may_be_unknown():
+    family = random_flow(2, (8,), context_dim=1, solver=FixedGrid(2))
+    context = torch.tensor([[0.0], [math.nan]])
+    found = InterpolantDistribution(family.condition(context), validate_args=False).moments()
+    assert found.mean.isfinite().all(1).tolist() == [True, False]
+    assert found.entropy.isfinite().tolist() == [True, False]
+
+
 @pytest.mark.slow
 def test_moments_of_each_context_by_vmap():
     flow = random_flow(2, (8, 8), context_dim=3, solver=FixedGrid(2))
