@@ -20,6 +20,7 @@ from .base_support import has_bounds, stated_support
 from .bases import (
     Samples,
     WhitenedBase,
+    check_expansion,
     check_is_base,
     check_single,
     copy_like,
@@ -102,9 +103,13 @@ class FlowDistribution:
 
         Raises:
             TypeError: If it is not a distribution that Pyro can sample.
-            ValueError: If it has another event shape, or, of angles, no period of 2 pi.
+            ValueError: If it has another event shape, a batch that does not expand to the present
+                one, or, of angles, no period of 2 pi.
         """
-        self.base = self._given_base(base)
+        found, batch = self._given_base(base), getattr(self, "batch_shape", None)
+        if found is not None and batch is not None:
+            check_expansion(found.batch_shape, batch)
+        self.base = found
         self._set_chain()
 
     def set_base_samples(self, samples: ArrayLike) -> None:
