@@ -5,7 +5,7 @@ vectors x in front of a Gaussianizing map.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -79,6 +79,15 @@ class FlowDistribution:
         self.transform = transform
         self.constraint, self.space = constraint, support_of(constraint)
         self.base = self._given_base(base)
+
+    def _check_event_shape(self, given: Sequence[int] | None) -> None:
+        """Raise a ValueError if events have another shape than they were to have."""
+        if given is not None and tuple(given) != self.row_shape:
+            raise ValueError(
+                f"expected event_shape={tuple(self.row_shape)}, that of a flow of "
+                f"{self.transform.flow.event_dim} dimensions on {self.constraint}, got "
+                f"{tuple(given)}"
+            )
 
     def _given_base(self, base: TorchDistributionMixin | None) -> TorchDistributionMixin | None:
         """Return what is to be the base: where none is given, that of the support."""
