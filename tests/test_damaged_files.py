@@ -273,6 +273,7 @@ def solver(name, **numbers):
         ({"refined_for": [0.0]}, "refined_for of 0 finite numbers"),
         ({"batch_shape": [-1]}, "batch_shape"),
         ({"moved": -1}, "moved to be True or False, got -1"),
+        ({"trains_weights": 1}, "trains_weights to be True or False, got 1"),
         ({"independent": [True]}, "independent to be True or False"),
         ({"base": {"class": "LKJ", "arguments": [], "parts": {"dim": 10**9}}}, "at most"),
         ({"base": {"class": "Planar", "arguments": [], "parts": {"input_dim": 2}}}, "weights"),

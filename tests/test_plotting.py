@@ -604,3 +604,21 @@ def test_data_of_other_libraries_are_drawn_beside_simulated_ones():
     torch.testing.assert_close(drawn, y.sort().values)
     with pytest.raises(TypeError, match="expected simulated data to be a tensor or an array"):
         plotting.predictive_check(y, "words")
+
+
+def test_whole_numbers_may_be_written_as_floats():
+    plane, x = flow(2), torch.randn(50, 2)
+    assert len(plotting.trajectories(plane, count=5.0, steps=3.0).lines) == 5
+    assert len(plotting.density(plane, points=32.0, velocity=True).collections) == 2
+    assert plotting.corner(plane, x, count=50.0).shape == (2, 2)
+    ax = plotting.conditional(family(), torch.rand(4, 2), levels=(0.5,), points=9.0)
+    assert len(ax.lines) == 1
+    check = CalibrationCheck(torch.rand(50, 1), ("u",), torch.zeros(1), 0.2, "")
+    assert len(plotting.rank_histogram(check, bins=8.0).patches) == 2
+
+
+def test_outcomes_and_contexts_in_another_order_are_refused():
+    pd = pytest.importorskip("pandas")
+    y, context = pd.Series(np.zeros(3)), pd.DataFrame(np.random.randn(3, 2))
+    with pytest.raises(ValueError, match="expected y and context with their rows in the same ord"):
+        plotting.conditional(family(), torch.rand(4, 2), data=(y, context.iloc[::-1]))

@@ -634,6 +634,17 @@ def test_whether_arguments_are_checked_is_kept(validate, path):
     assert vars(load(path)).get("_validate_args") is validate
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_whether_gradients_train_the_weights_is_kept(trains, path):
+    """Else a posterior that is to be read would be evaluated at random nodes."""
+    distribution, x = InterpolantDistribution(random_flow(2, (8,))), torch.randn(4, 2)
+    distribution.transform.trains_weights = trains
+    save(distribution, path)
+    again = load(path)
+    assert again.transform.trains_weights is trains
+    assert torch.equal(again.log_prob(x), distribution.log_prob(x))
+
+
 class Dropping(OwnVelocity):
     """A velocity with dropout."""
 

@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._package import check_ranges, check_sizes, whole
+from .._package import check_ranges, check_sizes, number, whole
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.rows import check_value
 from ..nn.velocity import evaluate
@@ -376,9 +376,8 @@ def sde_log_prob(
     References:
         arXiv 2303.08797, Section 2.5.
     """
-    within = 0 <= guidance <= 1
-    counts = whole("paths", paths, 2), whole("steps", steps, 1)
-    check_ranges(*counts, ("guidance in [0, 1]", within, guidance))
+    within = number("guidance in [0, 1]", guidance, lambda n: 0 <= n <= 1)
+    check_ranges(whole("paths", paths, 2), whole("steps", steps, 1), within)
     distribution.check_start()
     paths, steps = int(paths), int(steps)
     sde = InterpolantSDE(distribution, diffusion, forward=False)

@@ -60,6 +60,36 @@ def scalars_of(base: Distribution) -> Distribution:
     return base
 
 
+def _bounds_of(support: Constraint | None) -> list[Tensor]:
+    """Return the bounds of scalars, of any shape, infinite where a support states none."""
+    known = ("lower_bound", -math.inf), ("upper_bound", math.inf)
+    return [torch.as_tensor(getattr(support, *bound)) for bound in known]
+
+
+def ends_of(base: Distribution | None) -> list[Tensor]:
+    """Return the ends of the support of scalars, of any shape, infinite where there are none.
+
+    Args:
+        base: Their distribution, or None for N(0, 1).
+    """
+    if base is None:
+        return _bounds_of(None)
+    base = scalars_of(base)
+    inner, transforms = _transformed(base)
+    if inner is None:
+        return _bounds_of(stated_support(base))
+    ends = ends_of(inner)
+    for transform in transforms:
+        images = [transform(end) for end in ends]
+        if bool((images[0] > images[1]).all()):
+            ends, images = ends[::-1], images[::-1]
+        # At infinity a map may stop a rounding short of the bound that it leads to.
+        bounds = [b.to(x) for b, x in zip(_bounds_of(transform.codomain), images, strict=True)]
+        parts = zip(ends, bounds, images, strict=True)
+        ends = [b.where(end.isinf() & b.isfinite(), x) for end, b, x in parts]
+    return ends
+
+
 def has_bounds(base: Distribution) -> bool:
     """Return whether a distribution has no density beyond some bounds, as far as it says."""
     inner, transforms = _transformed(base)

@@ -18,6 +18,7 @@ from .. import distributions, solvers, transforms
 from .. import interpolants as paths
 from .. import nn as networks
 from .._files import PROBES, below, plain_number
+from .._package import check_ranges, flag
 from ..interpolants.linear import Interpolant
 from ..solvers.divergence import HutchinsonDivergence
 from ..transforms.whitening import ScalarWhitening, Whitening
@@ -134,8 +135,6 @@ def _at_home(tensors: Tensors) -> Tensors:
 def _describe(distribution: AnyDistribution, prefix: str) -> tuple[Header, Tensors]:
     """Return the header and the tensors of a flow, these with a prefix to their names."""
     transform = distribution.transform
-    if not transform.owns_flow():
-        raise ValueError("expected a flow that owns its weights: save the one it came from")
     _check_classes(distribution)
     flow, base = transform.flow, distribution.base
     if isinstance(base, InterpolantDistribution):
@@ -160,6 +159,7 @@ def _describe(distribution: AnyDistribution, prefix: str) -> tuple[Header, Tenso
         "levels": flow.levels,
         "frozen": fixed if 0 < len(fixed) < count else len(fixed) == count,
         "training": flow.velocity.training,
+        "trains_weights": transform.trains_weights,
         "interpolant": describe_choice(flow.interpolant, paths),
         "solver": describe_choice(transform.solver, solvers),
         "divergence": describe_choice(transform.divergence, solvers),
@@ -191,8 +191,10 @@ def _tensors(transform: AnyTransform) -> Tensors:
 
 
 def _check_classes(distribution: AnyDistribution) -> None:
-    """Raise a ValueError for a class of the user's own that cannot be passed in again."""
+    """Raise a ValueError for a view, or a class of the user's own that cannot be passed in."""
     transform = distribution.transform
+    if not transform.owns_flow():
+        raise ValueError("expected a flow that owns its weights: save the one it came from")
     parts = (
         ("distribution", distribution, distributions),
         ("transform", transform, transforms),
@@ -238,6 +240,7 @@ def _content(distribution: object) -> object:
         "levels": flow.levels,
         "solver": transform.solver,
         "divergence": transform.divergence,
+        "trains_weights": transform.trains_weights,
         "support": distribution.constraint,
         "sites": distribution.sites,
         "base": _content(distribution.base),
@@ -364,6 +367,8 @@ def _build_transform(
         flow.noise = _new_network("noise", name, header["noise"], own, dtype)
     flow.set_history(header)
     flow.levels = _checked_levels(header.get("levels"))
+    transform.trains_weights = header.get("trains_weights", True)
+    check_ranges(flag("trains_weights", transform.trains_weights))
     _check_probes(transform, own.pop(PROBES, None))
     _set_frozen(transform, header["frozen"])
     training = header.get("training", False if header["frozen"] is True else None)

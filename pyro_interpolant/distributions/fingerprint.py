@@ -61,8 +61,8 @@ def identity_of(flow: Flow, base: object, coupling: object, *given: object) -> l
         *given: What else the training was given.
     """
     base = None if isinstance(base, Samples) else base
-    given = *given, *fixed_weights(flow.velocity)
     found = fingerprint(layers_of(flow.velocity), flow.interpolant, base, coupling, *given)
+    found = " ".join((found, *fixed_weights(flow.velocity)))
     names = [_name(part) for part in (flow.interpolant, flow.velocity, base, coupling)]
     return [found, [names, [list(p.shape) for p in flow.velocity.parameters()]]]
 

@@ -5,7 +5,7 @@ vectors x in front of a Gaussianizing map.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from .base_support import has_bounds, stated_support
 from .bases import (
     Samples,
     WhitenedBase,
+    check_expansion,
     check_is_base,
     check_single,
     copy_like,
@@ -81,6 +82,15 @@ class FlowDistribution:
         self.constraint, self.space = constraint, support_of(constraint)
         self.base = self._given_base(base)
 
+    def _check_event_shape(self, given: Sequence[int] | None) -> None:
+        """Raise a ValueError if events have another shape than they were to have."""
+        if given is not None and tuple(given) != self.row_shape:
+            raise ValueError(
+                f"expected event_shape={tuple(self.row_shape)}, that of a flow of "
+                f"{self.transform.flow.event_dim} dimensions on {self.constraint}, got "
+                f"{tuple(given)}"
+            )
+
     def _given_base(self, base: TorchDistributionMixin | None) -> TorchDistributionMixin | None:
         """Return what is to be the base: where none is given, that of the support."""
         flow = self.transform.flow
@@ -104,9 +114,13 @@ class FlowDistribution:
 
         Raises:
             TypeError: If it is not a distribution that Pyro can sample.
-            ValueError: If it has another event shape, or, of angles, no period of 2 pi.
+            ValueError: If it has another event shape, a batch that does not expand to the present
+                one, or, of angles, no period of 2 pi.
         """
-        self.base = self._given_base(base)
+        found, batch = self._given_base(base), getattr(self, "batch_shape", None)
+        if found is not None and batch is not None:
+            check_expansion(found.batch_shape, batch)
+        self.base = found
         self._set_chain()
 
     def set_base_samples(self, samples: ArrayLike) -> None:

@@ -91,6 +91,7 @@ class InterpolantDistribution(Summaries):
     ) -> None:
         self._set_parts(transform, base, shaped(support, event_shape))
         super().__init__(self._flow_base(), self._chain(), validate_args=validate_args)
+        self._check_event_shape(event_shape)
         self.has_rsample = self.base_dist.has_rsample
 
     def _chain(self) -> list[Transform]:
@@ -332,7 +333,8 @@ class InterpolantDistribution(Summaries):
 
     def without_support(self) -> "InterpolantDistribution":
         """Return the distribution of the flow's own coordinates: real vectors."""
-        return InterpolantDistribution(self.transform, self.base)
+        is_checked = self._validate_args
+        return InterpolantDistribution(self.transform, self.base, validate_args=is_checked)
 
     def given(self, context: Tensor | None) -> "InterpolantDistribution":
         """Return the distribution itself, which takes no context.
@@ -390,6 +392,7 @@ class ConditionalInterpolantDistribution(FlowDistribution, ConditionalTransforme
     ) -> None:
         self._set_parts(transform, base, shaped(support, event_shape))
         self.space.transforms(transform.flow)  # raises if the flow is not one for this support
+        self._check_event_shape(event_shape)
         self._set_chain()
 
     def _set_chain(self) -> None:

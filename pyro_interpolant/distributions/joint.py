@@ -71,7 +71,10 @@ class NamedSites(FlowDistribution):
             TypeError: If they are not a tensor.
             ValueError: If they are of another size.
         """
-        return unpack(self.sites, packed)
+        found = unpack(self.sites, packed)
+        if not packed.is_floating_point():
+            return found
+        return {name: value.to(packed.dtype) for name, value in found.items()}  # finer bounds
 
     def pack(self, draws: Mapping[str, ArrayLike]) -> Tensor:
         """Return packed vectors, shape ``(*, D)``, of sites, each ``(*, *site_shape)``.

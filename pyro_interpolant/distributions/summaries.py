@@ -30,7 +30,7 @@ from .._torch import (
 )
 from ..transforms.interpolant import InterpolantTransform, broadcast_batch
 from ..transforms.monotone import mapped
-from .base_support import inside_base, is_bounded, scalars_of, stated_support
+from .base_support import ends_of, inside_base, is_bounded, scalars_of, stated_support
 from .bases import ExternalBase, Samples, UniformTorus, detached
 from .flow import FlowDistribution
 from .quasi_random import normal_points
@@ -469,9 +469,7 @@ def _base_ends(distribution: Summaries) -> tuple[Tensor, Tensor]:
     if isinstance(base, Summaries):
         ends = [base.icdf(like.new_tensor(q)) for q in (0.0, 1.0)]
     else:
-        support = None if base is None else stated_support(scalars_of(base))
-        known = ("lower_bound", -math.inf), ("upper_bound", math.inf)
-        ends = [torch.as_tensor(getattr(support, *bound)) for bound in known]
+        ends = ends_of(base)
     shape = (*distribution.batch_shape, 1)
     low, high = (bound.to(like).expand(shape) for bound in ends)
     return low, high

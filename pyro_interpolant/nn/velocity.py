@@ -40,6 +40,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def check_velocity(velocity: nn.Module) -> None:
 def size_of(velocity: nn.Module, name: str) -> int | None:
     """Return a size of a velocity by the name of its attribute, or None where it has none."""
     size = getattr(velocity, name, None)
-    return size if isinstance(size, int) else None
+    return int(size) if isinstance(size, Integral) else None  # of numpy, too
 
 
 def fixed_weights(network: nn.Module) -> list[str]:

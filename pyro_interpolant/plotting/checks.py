@@ -73,7 +73,7 @@ def rank_histogram(check: CalibrationCheck, *, bins: int = 20, ax: "Axes | None"
     ax = new_axes(ax)
     count, quantities = check.values.shape
     for values, name in zip(check.values.T.cpu().numpy(), check.names, strict=True):
-        heights, edges = np.histogram(values, bins, (0, 1), density=True)
+        heights, edges = np.histogram(values, int(bins), (0, 1), density=True)
         ax.stairs(heights, edges, baseline=0, label=name, fill=quantities == 1, alpha=0.7)
     wider = check.band / band_of(count, quantities)  # by draws that all rows share
     half = _NORMAL_99 * wider * np.sqrt((bins - 1) / count)

@@ -20,7 +20,7 @@ from ..distributions.interpolant import (
     check_has_context,
 )
 from ..distributions.joint import ConditionalJointInterpolantDistribution
-from ..distributions.rows import RowsLike, in_order
+from ..distributions.rows import RowsLike, check_same_order, in_order
 from ..distributions.supports import CircularSupport
 from ..interpolants.linear import Interpolant
 from ..nn.velocity import evaluate
@@ -66,7 +66,7 @@ def trajectories(
     check_ranges(whole("count", count, 1), whole("steps", steps, 1))
     _check_single(distribution)
     ax = new_axes(ax)
-    times, paths = _paths(distribution, count, steps)
+    times, paths = _paths(distribution, int(count), steps)
     if paths.shape[-1] == 1:
         ax.plot(times, paths[..., 0], color=MODEL_COLOR, alpha=0.35, linewidth=0.8)
         ax.set(xlabel="time", ylabel="$x$")
@@ -127,7 +127,7 @@ def density(
     ax.pcolormesh(*axes, value[..., 0], shading="gouraud", cmap="magma_r", rasterized=True)
     ax.set(xlabel="$x_1$", ylabel="$x_2$", xlim=box[:2], ylim=box[2:])
     if velocity:
-        every = slice(None, None, max(1, points // _ARROWS_PER_AXIS))
+        every = slice(None, None, max(1, int(points) // _ARROWS_PER_AXIS))
         coarse = grid[every, every]
         v = _on_support(distribution, coarse, partial(_velocity, distribution), math.nan)
         ax.quiver(*coarse.permute(2, 0, 1), *v.transpose(2, 0, 1), color=THIRD_COLOR, width=4e-3)
@@ -221,7 +221,8 @@ def conditional(
 
     Raises:
         ValueError: If the flow has more than one dimension, contexts do not differ in the column,
-            a data frame of them has other columns, or a setting cannot work.
+            a data frame of them has other columns, or outcomes and contexts their rows in
+            another order, or a setting cannot work.
     """
     check_ranges(shares(levels), whole("points", points, 2))
     if not isinstance(distribution, ConditionalInterpolantDistribution):
@@ -229,6 +230,8 @@ def conditional(
             "expected a ConditionalInterpolantDistribution, whose contexts are given beside it, "
             f"got {type(distribution).__name__}"
         )
+    if data is not None:
+        check_same_order(y=data[0], context=data[1])
     flow = distribution.transform.flow
     if flow.event_dim > 1:
         raise ValueError(
@@ -312,7 +315,7 @@ def _line(low: float, high: float, points: int) -> Tensor:
 
     Torch's default type may not part values that lie far from zero.
     """
-    return torch.linspace(low, high, points, dtype=torch.float64)
+    return torch.linspace(low, high, int(points), dtype=torch.float64)
 
 
 def _on_support(

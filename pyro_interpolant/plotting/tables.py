@@ -49,7 +49,7 @@ def corner(
             distribution trained on a data frame, columns are compared by them.
     """
     check_ranges(shares(levels), whole("count", count, 1))
-    rows, drawn, found = _beside(samples, data, count)
+    rows, drawn, found = _beside(samples, data, int(count))
     pair = ((rows, DATA_COLOR, "data"), (drawn, MODEL_COLOR, "model"))
     dim = rows.shape[-1]
     names = (found or [f"$x_{{{i + 1}}}$" for i in range(dim)]) if names is None else names

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import repeat
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -140,6 +141,7 @@ class Flow(nn.Module):
         check_velocity(velocity)
         own = size_of(velocity, "event_dim")
         size = own if event_dim is None else event_dim
+        size = int(size) if isinstance(size, Integral) else size  # of numpy, too
         if not isinstance(size, int) or size < 1:
             raise ValueError(
                 "expected event_dim, the size of the last dimension of x: pass it after the "

@@ -67,7 +67,14 @@ class _FlowHolder(nn.Module):
         _check_choice("divergence", divergence, "__call__", "ExactDivergence()")
         if interpolant is not None:
             _check_choice("interpolant", interpolant, "sample", "Linear()")
+        if whitening is not None:
+            _check_choice("whitening", whitening, "to_white", "DenseWhitening(D)")
         flow = Flow(velocity, event_dim, interpolant=interpolant, whitening=whitening)
+        if len(flow.loc) != flow.event_dim:
+            raise ValueError(
+                f"expected a whitening for {flow.event_dim} dimensions, the velocity's, got one "
+                f"for {len(flow.loc)}"
+            )
         self._choose(solver, divergence)
         self.flow = flow
 
@@ -113,8 +120,8 @@ class InterpolantTransform(_FlowHolder, CachedTransform, TransformModule):
             :class:`~pyro_interpolant.transforms.DenseWhitening`.
 
     Raises:
-        ValueError: If the size D is not known, or the velocity is one for another, or couples
-            rows (batch normalisation).
+        ValueError: If the size D is not known, or velocity or whitening is one for another, or
+            the velocity couples rows (batch normalisation).
         TypeError: If the velocity is not a module, or a Pyro module with random weights, or a
             class is given in place of an instance.
 

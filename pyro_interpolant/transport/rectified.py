@@ -99,14 +99,16 @@ def reflow(
     Raises:
         TypeError: If options are none of ``fit``.
         ValueError: If the flow is conditional and there are not contexts of shape ``(N, C)``,
-            ``count`` is below 1, the flow's type has no numbers for some of its draws, there is a
-            checkpoint without a seed, or options of ``fit`` cannot work, or are those that are
-            set here: ``pairs``, ``coupling``, ``base_samples``, ``whiten`` and ``learn``.
+            ``count`` is below 1, it is a batch of flows, a path from the data has none to start
+            from, the flow's type has no numbers for some of its draws, there is a checkpoint
+            without a seed, or options of ``fit`` cannot work, or are those that are set here:
+            ``pairs``, ``coupling``, ``base_samples``, ``whiten`` and ``learn``.
 
     References:
         Liu, Gong & Liu, *Flow straight and fast*, ICLR 2023; arXiv 2209.15571, Section 2.3.
     """
     old, contexts = trainable_flow(distribution), None
+    distribution.check_start()
     if context is not None:
         names, rows = distribution.context_columns, as_tensor(context, "context")
         contexts = contexts_of_rows(context, old, names, len(rows))
@@ -127,6 +129,8 @@ def reflow(
     with seeded(seed), torch.no_grad():
         shape = (int(count),) if contexts is None else ()
         view = distribution.given(contexts)
+        if shape and view.batch_shape:
+            raise ValueError(f"expected one flow, got a batch of shape {tuple(view.batch_shape)}")
         base = view.base_dist.sample(shape)  # in the coordinates that fit takes pairs in
         data = ComposeTransform(view.transforms)(base)
     _check_draws(new, data, contexts)

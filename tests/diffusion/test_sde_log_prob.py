@@ -245,7 +245,7 @@ def test_errors_say_what_was_expected():
     for steps in (0, 10.5):
         with pytest.raises(ValueError, match=f"steps >= 1, a whole number, got {steps}"):
             sde_log_prob(flow, x, steps=steps)
-    for guidance in (-1.0, 1.5, float("nan")):
+    for guidance in (-1.0, 1.5, float("nan"), None, "1"):
         with pytest.raises(ValueError, match=r"expected guidance in \[0, 1\], got"):
             sde_log_prob(flow, x, guidance=guidance)
     overtaking = flow_of(random_mixture(2, Latent(Linear(), SineSquared(4.0))))

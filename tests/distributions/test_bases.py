@@ -846,3 +846,15 @@ def test_moments_of_a_mixture_of_transformed_parts_whose_density_was_asked_for()
     before = flow.mean
     flow.log_prob(flow.sample((3,)))
     assert torch.equal(flow.mean, before)
+
+
+def test_a_base_of_another_batch_is_refused_and_the_one_before_stays():
+    normal = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    d, other = InterpolantDistribution(random_flow(2), normal), normal.expand((4,))
+    with pytest.raises(ValueError, match=r"batch shape \(4,\) expands to, .* got \(\)"):
+        d.set_base(other)
+    assert d.base is normal
+    assert d.sample((3,)).shape == (3, 2)
+    many = InterpolantDistribution(random_flow(2), other)
+    many.set_base(normal)
+    assert many.sample((3,)).shape == (3, 4, 2)

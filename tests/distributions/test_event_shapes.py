@@ -137,6 +137,13 @@ def test_shapes_of_another_size_are_refused():
     for shape in ((2, 2), ()):
         with pytest.raises(ValueError, match="support of 6 unconstrained dimensions"):
             InterpolantDistribution(flow(), event_shape=shape)
+    one = r"expected event_shape=\(6,\), that of a flow of 6 dimensions .* got \(5,\)"
+    with pytest.raises(ValueError, match=one):
+        InterpolantDistribution(flow(), event_shape=(5,))
+    with pytest.raises(ValueError, match=one):
+        ConditionalInterpolantDistribution(
+            conditional_interpolant_transform(6, 1, (8,)), event_shape=(5,)
+        )
     with pytest.raises(ValueError, match=r"shape \(N, 2, 3\), got \(9, 3, 2\)"):
         from_samples(torch.randn(9, 3, 2), event_shape=(2, 3))
 

@@ -122,6 +122,16 @@ def test_bounds_of_a_site_have_its_shape():
     assert d.sample_dict((5,))["a"].shape == (5, 2)
 
 
+def test_values_of_sites_have_the_type_of_the_packed_vector():
+    """Whatever the type of the bounds: packed again, they have a density."""
+    bounds = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    sites = {"share": ((2,), constraints.interval(*bounds)), "mean": ((), constraints.real)}
+    d = JointInterpolantDistribution(random_flow(3).float(), sites=sites)
+    draws = d.sample_dict((5,))
+    assert {value.dtype for value in draws.values()} == {torch.float32}
+    assert d.log_prob(d.pack(draws)).dtype == torch.float32
+
+
 def test_packing_order_is_that_of_the_sites():
     d = joint("vector", "scalar")
     packed = d.pack({"scalar": torch.tensor(7.0), "vector": torch.arange(3.0)})

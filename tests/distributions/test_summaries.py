@@ -8,7 +8,7 @@ import torch
 from cases import SUPPORTS, random_flow
 from kinds import angular_flow
 from pyro.distributions import constraints
-from torch.distributions import biject_to
+from torch.distributions import AffineTransform, ExpTransform, biject_to
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
@@ -155,6 +155,14 @@ def test_moments_given_a_context_that_is_not_finite_are_refused(number):
         given.mean  # noqa: B018
     with pytest.raises(ValueError, match="finite contexts"):
         given.entropy()
+
+
+def test_moments_of_arguments_that_are_not_checked_may_be_unknown():
+    family = random_flow(2, (8,), context_dim=1, solver=FixedGrid(2))
+    context = torch.tensor([[0.0], [math.nan]])
+    found = InterpolantDistribution(family.condition(context), validate_args=False).moments()
+    assert found.mean.isfinite().all(1).tolist() == [True, False]
+    assert found.entropy.isfinite().tolist() == [True, False]
 
 
 @pytest.mark.slow
@@ -437,6 +445,12 @@ BOUNDED = {  # a base, and the ends of its support
     "uniform": (lambda: dist.Uniform(torch.tensor([-1.0]), 1.0).to_event(1), (-1.0, 1.0)),
     "exponential": (lambda: dist.Exponential(torch.ones(1)).to_event(1), (0.0, math.inf)),
     "log-normal": (lambda: dist.LogNormal(torch.zeros(1), 1.0).to_event(1), (0.0, math.inf)),
+    "below one": (
+        lambda: dist.TransformedDistribution(
+            dist.Normal(torch.zeros(1), 1.0), [ExpTransform(), AffineTransform(1.0, -2.0)]
+        ).to_event(1),
+        (-math.inf, 1.0),
+    ),
     "a flow": (
         lambda: InterpolantDistribution(random_flow(1), support=constraints.less_than(2.0)),
         (-math.inf, 2.0),

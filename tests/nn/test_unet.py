@@ -208,7 +208,7 @@ def test_a_network_of_images_has_to_return_images():
 def test_a_missing_diffusers_is_named(monkeypatch):
     for name in ("diffusers", "diffusers.models.unets.unet_2d"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match="pip install diffusers"):
+    with pytest.raises(ImportError, match="pip install 'diffusers'"):
         UNet((1, 4, 4))
 
 

@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -29,6 +30,7 @@ from pyro_interpolant import (
     interpolant_transform,
 )
 from pyro_interpolant._torch import seeded
+from pyro_interpolant.transforms import DenseWhitening, ScalarWhitening
 
 # Raised inside torch, by its own first use of forward-mode differentiation.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -730,8 +732,31 @@ def test_a_network_with_dropout_draws_in_a_seeded_scope_whatever_it_did_before(s
             lambda: interpolant_transform(2, divergence=ExactDivergence),
             "divergence .* got the class ExactDivergence",
         ),
+        (
+            lambda: interpolant_transform(2, whitening=DenseWhitening),
+            r"whitening .* DenseWhitening\(D\), got the class DenseWhitening",
+        ),
     ],
 )
 def test_what_is_no_instance_is_refused(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+@both_classes
+@pytest.mark.parametrize("kind", [DenseWhitening, ScalarWhitening])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_whitening_of_another_size_is_refused(cls, kind, size):
+    with pytest.raises(ValueError, match=f"whitening for 2 dimensions, .* got one for {size}"):
+        cls(OwnVelocity(2), 2, whitening=kind(size))
+
+
+@both_classes
+def test_sizes_of_numpy_are_sizes(cls):
+    velocity = OwnVelocity(2)
+    assert type(cls(velocity, np.int64(2)).flow.event_dim) is int
+    velocity.event_dim, velocity.context_dim = np.int64(2), np.int64(3)
+    flow = cls(velocity).flow
+    assert (flow.event_dim, flow.context_dim) == (2, 3)
+    with pytest.raises(ValueError, match="expected a velocity for 4 dimensions"):
+        cls(velocity, 4)

@@ -16,6 +16,7 @@ from pyro_interpolant import (
     InterpolantTransform,
     LearnedInterpolant,
     Linear,
+    Mirror,
     Samples,
     TorusMLP,
     Trigonometric,
@@ -367,7 +368,7 @@ def test_options_that_reflow_sets_are_refused(options):
         reflow(distribution, ema=2)
 
 
-def test_what_reflow_cannot_start_from_is_refused():
+def test_what_reflow_cannot_start_from_is_refused(monkeypatch):
     distribution = InterpolantDistribution(interpolant_transform(2, (8,)))
     with pytest.raises(ValueError, match="expected a seed beside a checkpoint"):
         reflow(distribution, checkpoint="state")
@@ -376,6 +377,12 @@ def test_what_reflow_cannot_start_from_is_refused():
         reflow(conditional)
     with pytest.raises(ValueError, match=r"context of shape \(N, 3\), got \(3,\)"):
         reflow(conditional, context=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"expected one flow, got a batch of shape \(3,\)"):
+        reflow(distribution.expand((3,)), count=50)
+    monkeypatch.setattr(rectified, "fit", None)  # before work
+    mirror = InterpolantDistribution(interpolant_transform(2, (8,), interpolant=Mirror()))
+    with pytest.raises(ValueError, match="to start from: the base of Mirror is the data"):
+        reflow(mirror)
 
 
 def test_draws_that_the_type_has_no_numbers_for_are_refused():
