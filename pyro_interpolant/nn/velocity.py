@@ -42,6 +42,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -107,7 +108,7 @@ def check_velocity(velocity: nn.Module) -> None:
 def size_of(velocity: nn.Module, name: str) -> int | None:
     """Return a size of a velocity by the name of its attribute, or None where it has none."""
     size = getattr(velocity, name, None)
-    return size if isinstance(size, int) else None
+    return int(size) if isinstance(size, (int, np.integer)) else None
 
 
 def checked_labels(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
@@ -316,9 +317,14 @@ def set_scales(
         if_trained: Whether to set those of a network that is trained already.
     """
     own = getattr(velocity, "set_scales", None)
-    is_untrained = getattr(velocity, "is_untrained", lambda: False)
-    if own is not None and (if_trained or is_untrained()):
+    if own is not None and (if_trained or is_untrained(velocity)):
         own(w, context)
+
+
+def is_untrained(velocity: nn.Module) -> bool:
+    """Return whether a velocity says that it has learned nothing yet."""
+    own = getattr(velocity, "is_untrained", None)
+    return own is not None and own()
 
 
 def location_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:

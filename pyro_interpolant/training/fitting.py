@@ -19,6 +19,7 @@ from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantD
 from ..distributions.report import Report
 from ..interpolants.couplings import independent
 from ..nn.modes import fixed_weights, trainable
+from ..nn.velocity import is_untrained
 from ..solvers.ode import Solver
 from ..solvers.parallel import one_thread_each
 from ..transforms.flow import Flow
@@ -65,7 +66,8 @@ class FitResult(NamedTuple):
             ``"interrupt"``.
         skipped: The number of steps skipped because their loss or gradient was not finite.
         seconds: The duration, without calibration.
-        solver: The calibrated solver that was set; the one before, where a warning says so.
+        solver: The calibrated solver that was set; the one before, where there is no density to
+            calibrate it by, as from samples, or a warning says so.
         report: What was measured, in nats; of ``learn="noise"``, by the run before.
     """
 
@@ -260,7 +262,7 @@ def fit(
             fixed = objective.fixed_points(near, unseen, split.size)
             density = HeldOutDensity(distribution, split, near) if learn == "velocity" else None
         source.names.give_to(distribution)
-        with trainable(objective.network), _naming_rows(source, objective):
+        with trainable(objective.network), _explained(source, objective):
             batches = source.batches(split, objective)
             run = Run(objective, batches, fixed, density, schedule, clock, callback, state)
             run.to_the_end(progress=progress)
@@ -319,11 +321,19 @@ def _restored_on_error(distribution: AnyDistribution) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _naming_rows(source: Table | Stream, objective: Objective) -> Iterator[None]:
-    """Add to the error of a run without finite gradients which rows of a table lie far out."""
+def _explained(source: Table | Stream, objective: Objective) -> Iterator[None]:
+    """Add to the error of a run without finite gradients which rows of a table lie far out.
+
+    No error leaves a flow with a network of the noise that has learned nothing: its score would be
+    zero.
+    """
     try:
         yield
-    except NonFiniteError as error:
+    except BaseException as error:
+        if objective.target == "noise" and is_untrained(objective.network):
+            objective.flow.noise = None
+        if not isinstance(error, NonFiniteError):
+            raise
         where = wild_rows(objective.whitened(source.rows).w) if isinstance(source, Table) else ""
         raise NonFiniteError(f"{error}{where}") from error
 
