@@ -85,7 +85,8 @@ class FitResult(NamedTuple):
     def __repr__(self) -> str:
         """Say what was measured, and how it ended."""
         skipped = f", {self.skipped} steps skipped" if self.skipped else ""
-        return f"{self.report}\nended by {self.stopped_by}{skipped}; {self.solver}"
+        report = "" if self.report is None else f"{self.report}\n"
+        return f"{report}ended by {self.stopped_by}{skipped}; {self.solver}"
 
 
 @with_gradients()

@@ -332,6 +332,7 @@ def test_a_network_of_ones_own_with_classes_sees_labels():
         (torch.full((20, 1), math.nan), ValueError, "finite context"),
         (torch.full((20,), 10**12), ValueError, "fewer classes than rows"),
         (torch.ones(20, 1, dtype=torch.complex64), ValueError, "one label a row"),
+        (torch.zeros(0, dtype=torch.long), ValueError, r"one label a row.*\(0,\)"),
         ("labels", TypeError, "context to be a tensor or an array, got str"),
     ],
 )
@@ -434,9 +435,9 @@ def test_rows_held_out_do_not_set_the_map(given, monkeypatch):
         seen["map"] = rows
         return choose(rows, *args, **options)
 
-    def held_out(distribution, split):
+    def held_out(distribution, split, near):
         seen["held"] = split.held
-        return density(distribution, split)
+        return density(distribution, split, near)
 
     monkeypatch.setattr(building, "preferred_support", chosen)
     monkeypatch.setattr(fitting, "HeldOutDensity", held_out)
