@@ -35,6 +35,7 @@ def test_results_print_as_cards():
     paths = PathReport({1: 0.21, 2: 0.05}, 7), PathReport({1: 0.02, 2: 0.004}, 5)
     for result, expected in (
         (FIT, ["held-out -6.120 ± 0.030 nats", "ended by schedule"]),
+        (FIT._replace(report=None), ["ended by schedule; FixedGrid(steps=20"]),
         (ROUNDS, ["k-hat 0.30, 800 effective draws of 1,000", "-3.140 ± 0.020", "40 rounds: 38"]),
         (
             guide,
@@ -53,6 +54,7 @@ def test_results_print_as_cards():
         text = repr(result)
         assert "tensor" not in text
         assert "[" not in text
+        assert "None" not in text
         assert len(text) < 400
         for part in expected:
             assert part in text

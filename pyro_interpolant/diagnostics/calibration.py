@@ -202,7 +202,7 @@ def calibrate_until(
         The grid that was set, and its error; or the solver before.
     """
     present = distribution.transform.solver
-    template = present if isinstance(present, FixedGrid) else FixedGrid()
+    template = _template(present)
     with torch.no_grad(), evaluated(distribution.transform.flow):
         trials = _Trials(rows_given(distribution, x, context), template, tolerance)
         few = trials.affordable(deadline - time.monotonic())
@@ -220,6 +220,16 @@ def calibrate_until(
         return Calibrated(present, None)
     distribution.transform.solver = dataclasses.replace(template, steps=steps)
     return Calibrated(distribution.transform.solver, error)
+
+
+def _template(present: Solver) -> FixedGrid:
+    """Return the grid whose steps are chosen: that of a solver, or, beside another, the default.
+
+    Where gradients recompute evaluations to save memory, they go on to.
+    """
+    if isinstance(present, FixedGrid):
+        return present
+    return FixedGrid(checkpoint=getattr(present, "checkpoint", False))
 
 
 class _Trials:
@@ -348,7 +358,7 @@ def calibrate_sampler_until(
         The grid that was set, and its error.
     """
     present = distribution.transform.solver
-    template = present if isinstance(present, FixedGrid) else FixedGrid()
+    template = _template(present)
     with torch.no_grad(), evaluated(distribution.transform.flow), seeded(0):
         solves = _Samples(distribution.given(context), template)
         steps, error, finest = solves.doubled(tolerance, deadline)

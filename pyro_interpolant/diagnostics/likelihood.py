@@ -123,13 +123,14 @@ def bits_per_dim(
             or the file is of another call.
         NotImplementedError: If the distribution has no density, as one that is guided.
     """
-    values = _checked_levels(distribution, images, levels)
     check_ranges(
+        whole("levels", levels, 1),
         whole("probes", probes, 1),
         whole("dequantizations", dequantizations, 1),
         number("a tolerance > 0", tolerance, lambda n: n > 0),
     )
-    probes, dequantizations = int(probes), int(dequantizations)
+    levels, probes, dequantizations = int(levels), int(probes), int(dequantizations)
+    values = _checked_levels(distribution, images, levels)
     distribution.check_start()
     flow = distribution.transform.flow
     given = None

@@ -21,6 +21,7 @@ _WIDTH_PER_COLUMN = 10  # of both hidden layers
 _STEPS = 1000  # at most
 _FAR = 20.0  # deviations of x's middle 90%, beyond which distances are logarithmic
 _LEVEL = 3.0  # standard errors beyond 1/2 that chance does not reach
+_SEEDS = 2**32  # that scikit-learn has
 
 
 class TwoSampleTest(NamedTuple):
@@ -92,8 +93,8 @@ def c2st(x: RowsLike, y: RowsLike, *, folds: int = _FOLDS, seed: int = 0) -> Two
     both = ((torch.cat(sets) - loc) / scale).numpy()
     labels = np.repeat([0, 1], count)
     width = _WIDTH_PER_COLUMN * both.shape[1]
-    network = MLPClassifier((width, width), max_iter=_STEPS, random_state=seed)
-    splits = _splits(labels, group, seed)[:folds]
+    network = MLPClassifier((width, width), max_iter=_STEPS, random_state=seed % _SEEDS)
+    splits = _splits(labels, group, seed)[: int(folds)]
     # Each set counts the same: where copies leave more of one to learn from, fewer are tried.
     each = cross_val_score(network, both, labels, cv=splits, scoring="balanced_accuracy")
     accuracy = float(each.mean())
@@ -130,7 +131,7 @@ def _splits(
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-    settings = {"n_splits": _FOLDS, "shuffle": True, "random_state": seed}
+    settings = {"n_splits": _FOLDS, "shuffle": True, "random_state": seed % _SEEDS}
     if len(np.unique(group)) == len(group):
         return list(StratifiedKFold(**settings).split(labels, labels))
     return list(StratifiedGroupKFold(**settings).split(labels, labels, group))

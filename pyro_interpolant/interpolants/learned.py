@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._package import check_ranges, whole
+from .._package import check_ranges, check_sizes, whole
 from .._torch import slopes
 from .linear import Coefficients, Interpolant
 
@@ -37,6 +37,7 @@ class LearnedInterpolant(nn.Module, Interpolant):
         network: The hidden widths of N, or None for no network.
 
     Raises:
+        TypeError: If the widths are no sequence of whole numbers.
         ValueError: If ``modes`` is negative, or ``event_dim`` is missing where it is needed.
 
     References:
@@ -63,6 +64,8 @@ class LearnedInterpolant(nn.Module, Interpolant):
         check_ranges(whole("modes", modes, 0))
         if event_dim is None and (matrices or network is not None):
             raise ValueError("expected event_dim for matrices or a network, got none")
+        if network is not None:
+            check_sizes("network", network)
         self.modes, self.event_dim, self.matrices = int(modes), event_dim, matrices
         self.hidden_dims = None if network is None else tuple(network)
         inner = (event_dim, event_dim) if matrices else ()

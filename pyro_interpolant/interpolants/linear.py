@@ -264,7 +264,7 @@ class Latent(Interpolant):
             slopes that are finite there.
 
     Raises:
-        ValueError: If the interpolant has a latent term.
+        ValueError: If the interpolant has a latent term, or is not linear.
 
     References:
         arXiv 2303.08797, Definition 1 and Section 3.
@@ -279,6 +279,11 @@ class Latent(Interpolant):
             raise ValueError(
                 "expected an interpolant without a latent term, which would be left out, got "
                 f"{self.interpolant}: give Latent the one gamma, and the path that it is added to"
+            )
+        if not self.interpolant.is_linear():
+            raise ValueError(
+                "expected an interpolant that is its coefficients, to which a latent term is "
+                f"added, got {self.interpolant}, whose path is another"
             )
 
     def coefficients(self, t: Tensor) -> Coefficients:

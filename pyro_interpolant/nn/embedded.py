@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .embedding import KINDS, SIZE, dense
+from .embedding import KINDS, SIZE, dense, setter_of_scales
 from .mlp import VelocityMLP
-from .modes import evaluated
+from .modes import evaluated, fixed_weights
 from .record import MovedRecord, Record, by_row
 from .velocity import StateFunction, location_and_scale, own_method
 
@@ -98,7 +98,7 @@ class EmbeddedVelocity(nn.Module):
         hidden_dims: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.event_dim = event_dim
+        self.event_dim = int(event_dim)
         self.shapes = tuple(torch.Size(shape) for shape in shapes)
         self.context_dim = sum(shape.numel() for shape in self.shapes)
         if not self.context_dim:
@@ -283,7 +283,8 @@ class EmbeddedVelocity(nn.Module):
 
     def _set_summary(self, context: Tensor) -> Tensor:
         """Set the scales of embedding and summary from data, ``(N, C)``; return it, ``(N, S)``."""
-        own = getattr(self.embedding, "set_scales", None)
+        is_fixed = any(name.startswith("embedding.") for name in fixed_weights(self))
+        own = setter_of_scales(self.embedding, is_fixed=is_fixed)
         if own is not None:
             own(*self._split(context.to(self.slope)))
         summary = self._summary(context.to(self.slope))

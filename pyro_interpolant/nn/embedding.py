@@ -6,6 +6,7 @@ are nearly linear in them, while a network of the rows' moments learns slowly to
 another.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,10 @@ class _Columns(nn.Module):
             loc, scale = location_and_scale(few)
             self.loc.copy_(loc)
             self.scale.copy_(scale)
+
+    def are_set(self) -> bool:
+        """Return whether location and scale are not those of new columns."""
+        return bool((self.loc != 0).any() or (self.scale != 1).any())
 
     def _parts(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values of data, and which are there, shape ``(N, n, 1)``."""
@@ -261,6 +266,19 @@ class SeriesEmbedding(nn.Module):
 KINDS: dict[str, type[nn.Module]] = {
     kind.__name__: kind for kind in (SetEmbedding, SeriesEmbedding)
 }
+
+
+def setter_of_scales(embedding: nn.Module | None, *, is_fixed: bool) -> Callable[..., None] | None:
+    """Return what sets the scales of an embedding from data; None where none are to be set.
+
+    Args:
+        embedding: The embedding, or None.
+        is_fixed: Whether no training moves its weights: they know the scales that it has then,
+            if it has any yet.
+    """
+    columns = getattr(embedding, "columns", None)
+    is_new = isinstance(columns, _Columns) and not columns.are_set()
+    return None if is_fixed and not is_new else getattr(embedding, "set_scales", None)
 
 
 class _Fits(NamedTuple):

@@ -11,6 +11,7 @@ at about twice the price of v itself, for any D; more layers carry D tangents fo
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import index
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -124,8 +125,10 @@ class VelocityMLP(nn.Module):
             hidden_dims = (96, 96, 96) if event_dim <= _MAX_DEEP_DIM else (384, 384)
         check_sizes("sizes", (event_dim, context_dim, classes))
         check_sizes("hidden_dims", hidden_dims)
+        # Of numbers of numpy or torch, too: others ask for plain ones.
+        event_dim, context_dim, classes = map(index, (event_dim, context_dim, classes))
         self.event_dim = event_dim
-        self.hidden_dims = tuple(hidden_dims)
+        self.hidden_dims = tuple(map(index, hidden_dims))
         self.context_dim = 1 if classes else context_dim
         self.classes = classes
         sizes = context_dim, classes
@@ -178,7 +181,8 @@ class VelocityMLP(nn.Module):
 
     def is_untrained(self) -> bool:
         """Return whether the last layer is zero, as it starts."""
-        return not bool(self.output.weight.any())
+        weight = getattr(self.output, "weight", None)  # what was put in its place may have none
+        return isinstance(weight, Tensor) and not bool(weight.any())
 
     def untrained_copy(self) -> "VelocityMLP":
         """Return an untrained network of the same shape and scales."""
@@ -187,8 +191,8 @@ class VelocityMLP(nn.Module):
     def _with_scales(self, new: "VelocityMLP") -> "VelocityMLP":
         """Return a network with the scales of this one."""
         new = new.to(self.reach)
-        for name, value in self.named_buffers():
-            new.get_buffer(name).copy_(value)
+        for name, value in new.named_buffers():  # of a layer of this one there may be more
+            value.copy_(self.get_buffer(name))
         return new
 
     def has_other_layers(self) -> bool:

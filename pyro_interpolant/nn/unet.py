@@ -13,12 +13,13 @@ References:
 import contextlib
 import math
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._package import needing
+from .._package import check_sizes, needing
 from .._torch import is_functional, needs_graph
 from .elementary import Elementary
 from .velocity import expanded
@@ -45,6 +46,7 @@ class ImageVelocity(nn.Module):
             a tenth of the images, so that samples can be guided.
 
     Raises:
+        TypeError: If a size is not a whole number, or the shape is no sequence of them.
         ValueError: If the shape is not three positive sizes, or there is a null label but no
             class, or it is one of the classes.
 
@@ -67,7 +69,10 @@ class ImageVelocity(nn.Module):
         null_label: int | None = None,
     ) -> None:
         super().__init__()
-        self.image_shape = tuple(image_shape)
+        check_sizes("image_shape", image_shape)
+        check_sizes("classes and null_label", (classes, null_label or 0))
+        classes, null_label = index(classes), None if null_label is None else index(null_label)
+        self.image_shape = tuple(map(index, image_shape))
         if len(self.image_shape) != 3 or min(self.image_shape) < 1:
             raise ValueError(
                 "expected image_shape as (channels, height, width), three positive sizes, got "
@@ -140,6 +145,7 @@ class UNet(ImageVelocity):
 
     Raises:
         ImportError: If diffusers is not installed.
+        TypeError: If sizes are no sequences of whole numbers.
         ValueError: If a size is not positive, a side cannot be halved so often, or a level with
             attention does not exist.
     """
@@ -153,8 +159,12 @@ class UNet(ImageVelocity):
         attention: Sequence[int] = (-1,),
         classes: int = 0,
     ) -> None:
-        shape, widths, levels = tuple(image_shape), tuple(channels), len(tuple(channels))
-        _check(shape, widths, tuple(attention))
+        named = {"image_shape": image_shape, "channels": channels, "attention": attention}
+        for name, given in named.items():
+            check_sizes(name, given)
+        shape, widths, attention = (tuple(map(index, given)) for given in named.values())
+        _check(shape, widths, attention)
+        levels = len(widths)
         at = {level % levels for level in attention}
         attends = [level in at for level in range(levels)]
         common = math.gcd(*widths)
@@ -175,7 +185,7 @@ class UNet(ImageVelocity):
         nn.init.zeros_(network.conv_out.weight)
         nn.init.zeros_(network.conv_out.bias)
         super().__init__(network, shape, classes, classes if classes else None)
-        self.channels, self.attention = widths, tuple(attention)
+        self.channels, self.attention = widths, attention
 
     def arguments(self) -> tuple[Any, ...]:
         """Return the arguments of the constructor."""
@@ -231,7 +241,7 @@ def _diffusers_unet() -> Any:
     return UNet2DModel
 
 
-def _check(shape: tuple[int, ...], channels: tuple[int, ...], attention: tuple[int, ...]) -> None:
+def _check(shape: tuple[int, ...], channels: tuple[int, ...], attention: Sequence[int]) -> None:
     """Raise a ValueError unless images of a shape can be halved so often."""
     levels = len(channels)
     if not channels or min(channels) < 1 or any(not -levels <= a < levels for a in attention):

@@ -327,9 +327,14 @@ def set_scales(
         if_trained: Whether to set those of a network that is trained already.
     """
     own = getattr(velocity, "set_scales", None)
-    is_untrained = getattr(velocity, "is_untrained", lambda: False)
-    if own is not None and (if_trained or is_untrained()):
+    if own is not None and (if_trained or is_untrained(velocity)):
         own(w, context)
+
+
+def is_untrained(velocity: nn.Module) -> bool:
+    """Return whether a velocity says that it has learned nothing yet."""
+    own = getattr(velocity, "is_untrained", None)
+    return own is not None and own()
 
 
 def location_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:

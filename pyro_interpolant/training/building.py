@@ -385,7 +385,8 @@ def _number_of_classes(labels: Tensor) -> int:
         ValueError: If they are of another shape, or negative.
     """
     labels = labels if labels.is_complex() else labels.long()
-    if labels.dim() not in (1, 2) or labels.shape[1:] not in ((), (1,)) or labels.is_complex():
+    is_one_each = labels.dim() in (1, 2) and labels.shape[1:] in ((), (1,)) and len(labels)
+    if not is_one_each or labels.is_complex():
         raise ValueError(
             "expected context as numbers of a floating type, shape (N, C), or as one label a row, "
             f"whole numbers of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}: "

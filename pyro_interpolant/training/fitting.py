@@ -20,6 +20,7 @@ from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantD
 from ..distributions.report import Report
 from ..interpolants.couplings import independent
 from ..nn.modes import trainable
+from ..nn.velocity import is_untrained
 from ..solvers.ode import Solver
 from ..solvers.parallel import one_thread_each
 from ..transforms.flow import Flow
@@ -66,7 +67,8 @@ class FitResult(NamedTuple):
             ``"interrupt"``.
         skipped: The number of steps skipped because their loss or gradient was not finite.
         seconds: The duration, without calibration.
-        solver: The calibrated solver that was set; the one before, where a warning says so.
+        solver: The calibrated solver that was set; the one before, where there is no density to
+            calibrate it by, as from samples, or a warning says so.
         report: What was measured, in nats; of ``learn="noise"``, by the run before.
     """
 
@@ -84,7 +86,8 @@ class FitResult(NamedTuple):
     def __repr__(self) -> str:
         """Say what was measured, and how it ended."""
         skipped = f", {self.skipped} steps skipped" if self.skipped else ""
-        return f"{self.report}\nended by {self.stopped_by}{skipped}; {self.solver}"
+        report = "" if self.report is None else f"{self.report}\n"
+        return f"{report}ended by {self.stopped_by}{skipped}; {self.solver}"
 
 
 @with_gradients()
@@ -261,7 +264,7 @@ def fit(
             if density is not None:
                 density.near = near
         source.names.give_to(distribution)
-        with trainable(objective.network), _naming_rows(source, objective):
+        with trainable(objective.network), _explained(source, objective):
             batches = source.batches(split, objective)
             run = Run(objective, batches, fixed, density, schedule, clock, callback, state)
             run.to_the_end(progress=progress)
@@ -320,11 +323,19 @@ def _restored_on_error(distribution: AnyDistribution) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _naming_rows(source: Table | Stream, objective: Objective) -> Iterator[None]:
-    """Add to the error of a run without finite gradients which rows of a table lie far out."""
+def _explained(source: Table | Stream, objective: Objective) -> Iterator[None]:
+    """Add to the error of a run without finite gradients which rows of a table lie far out.
+
+    No error leaves a flow with a network of the noise that has learned nothing: its score would be
+    zero.
+    """
     try:
         yield
-    except NonFiniteError as error:
+    except BaseException as error:
+        if objective.target == "noise" and is_untrained(objective.network):
+            objective.flow.noise = None
+        if not isinstance(error, NonFiniteError):
+            raise
         where = wild_rows(objective.whitened(source.rows).w) if isinstance(source, Table) else ""
         raise NonFiniteError(f"{error}{where}") from error
 

@@ -61,7 +61,9 @@ class Descent:
         pieces: int = 1,
     ) -> None:
         self.objective, self.pieces, self.ema = objective, int(pieces), ema
-        self.parameters = [p for p in objective.network.parameters() if p.requires_grad]
+        parts = list(objective.network.parameters())
+        self.parameters = [p for p in parts if p.requires_grad]
+        self.fixed = [p for p in parts if not p.requires_grad]  # which the others were trained on
         self.process = objective.process
         self.process.set_up(objective, self.parameters, weight_decay)
         self.average = [p.detach().clone() for p in self.parameters]
@@ -155,6 +157,7 @@ class Descent:
         }
         return {
             **numbered("weight", self.parameters),
+            **numbered("fixed", self.fixed),
             **numbered("average", self.average),
             **moments,
         }, {name: getattr(self, name) for name in _COUNTS}
@@ -162,6 +165,8 @@ class Descent:
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Take a state back."""
         fill(self.parameters, "weight", tensors)
+        if "fixed.0" in tensors:  # states of a time before have none
+            fill(self.fixed, "fixed", tensors)
         fill(self.average, "average", tensors)
         for i, p in enumerate(self.parameters):
             if f"step.{i}" in tensors:

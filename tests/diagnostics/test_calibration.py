@@ -1,6 +1,7 @@
 import copy
 import math
 import warnings
+from functools import partial
 
 import pyro.distributions as dist
 import pytest
@@ -24,7 +25,12 @@ from pyro_interpolant import (
     solver_error,
     w2_bound,
 )
-from pyro_interpolant.diagnostics import SolverError, bits_per_dim, calibration
+from pyro_interpolant.diagnostics import (
+    SolverError,
+    bits_per_dim,
+    calibrate_sampler,
+    calibration,
+)
 from pyro_interpolant.solvers import RandomGrid
 
 
@@ -61,6 +67,15 @@ def test_without_time_the_solver_is_the_one_before(present):
         found = calibration.calibrate_until(0.0, distribution, torch.randn(50, 2), tolerance=0.1)
     assert found == (present, None)
     assert distribution.transform.solver is present
+
+
+@pytest.mark.parametrize("present", [Adaptive, partial(RandomGrid, 5), FixedGrid])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_gradients_go_on_to_recompute_evaluations(checkpoint, present):
+    distribution = flow_of(VelocityMLP(2, (8, 8)), solver=present(checkpoint=checkpoint))
+    assert calibrate(distribution, torch.randn(20, 2)).checkpoint == checkpoint
+    distribution.transform.solver = present(checkpoint=checkpoint)
+    assert calibrate_sampler(distribution).checkpoint == checkpoint
 
 
 @pytest.mark.parametrize("tolerance", slow_but([1e-1, 1e-2, 1e-4], 1e-1))

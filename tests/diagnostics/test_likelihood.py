@@ -279,6 +279,8 @@ def test_what_are_no_levels_is_refused(matrix):
         for count in 0, 1.5:
             with pytest.raises(ValueError, match=f"{name} >= 1, a whole number, got {count}"):
                 bits_per_dim(images, v, LEVELS, **{name: count})
+    with pytest.raises(ValueError, match="levels >= 1, a whole number, got 32.5"):
+        bits_per_dim(images, v, 32.5)
     with pytest.raises(ValueError, match="a tolerance > 0, got '1e-3'"):
         bits_per_dim(images, v, LEVELS, tolerance="1e-3")
 

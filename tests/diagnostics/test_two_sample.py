@@ -132,6 +132,13 @@ def test_what_cannot_be_compared_is_refused():
         c2st(torch.randn(30, 2), torch.randn(30, 2), folds=6)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**40])
+def test_any_seed_and_whole_number_of_folds_will_do(seed):
+    pytest.importorskip("sklearn")
+    found = c2st(torch.randn(30, 1), torch.randn(30, 1), folds=1.0, seed=seed)
+    assert 0 <= found.accuracy <= 1
+
+
 @pytest.mark.slow
 def test_a_constant_column_hides_nothing():
     x, y = torch.randn(60, 2), torch.randn(60, 2)

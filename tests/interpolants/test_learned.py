@@ -158,6 +158,11 @@ def test_impossible_arguments(arguments, message):
         LearnedInterpolant(**arguments)
 
 
+def test_widths_are_a_sequence():
+    with pytest.raises(TypeError, match=r"network, a tuple of whole numbers, got 64"):
+        LearnedInterpolant(event_dim=2, network=64)
+
+
 @pytest.mark.parametrize("dim", [2, 8])
 @pytest.mark.parametrize("seed", slow_but(range(5), 0, 1))
 def test_scalar_waves_start_at_their_shortest_path_between_gaussians(seed, dim):

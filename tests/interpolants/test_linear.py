@@ -11,9 +11,11 @@ from pyro_interpolant import (
     BrownianBridge,
     EncodingDecoding,
     FixedGrid,
+    Geodesic,
     InterpolantDistribution,
     InterpolantTransform,
     Latent,
+    LearnedInterpolant,
     Linear,
     Mirror,
     NonlinearInterpolant,
@@ -353,6 +355,14 @@ def test_a_non_linear_path_has_the_slope_of_finite_differences(times):
 def test_a_second_latent_term_is_refused(inner):
     with pytest.raises(ValueError, match="expected an interpolant without a latent term"):
         Latent(inner, BrownianBridge())
+
+
+def test_a_latent_term_beside_a_path_that_is_not_its_coefficients_is_refused():
+    learned = LearnedInterpolant(2, event_dim=1)
+    learned.centres[1] = 5.0
+    for inner in (learned, Geodesic(), NonlinearInterpolant(lambda t, x0, x1: x0 + t * (x1 - x0))):
+        with pytest.raises(ValueError, match="expected an interpolant that is its coefficients"):
+            Latent(inner, BrownianBridge())
 
 
 @pytest.mark.parametrize("gamma", [BrownianBridge, SineSquared])

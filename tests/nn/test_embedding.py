@@ -27,7 +27,7 @@ EMBEDDINGS = {
 
 def random_velocity(name, dim=2):
     """Return a velocity with an embedding that is not zero, and data for it."""
-    embedding, shape = EMBEDDINGS[name]
+    embedding, shape = copy.deepcopy(EMBEDDINGS[name])  # one that a test froze has its scales
     velocity = EmbeddedVelocity(dim, [shape], embedding, (8, 8)).double().eval()
     y = torch.randn(7, *shape)
     if name.startswith("masked"):
@@ -527,3 +527,20 @@ def test_of_many_rows_what_gradients_need_is_computed_again(monkeypatch):
     embedding.rows.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     torch.testing.assert_close(gradients(), whole)
     assert sorted(seen) == [1, 1, 3, 3, 3, 3]  # forward, and again on the way back
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_an_embedding_that_is_frozen_keeps_the_scales_that_it_has_learned_with(is_new):
+    embedding, y = SetEmbedding(1, width=8), 2 + torch.randn(50, 5, 1)
+    if not is_new:
+        embedding.set_scales(y)
+    velocity = EmbeddedVelocity(2, [(5, 1)], embedding.requires_grad_(requires_grad=False), (8,))
+    before = embedding(y)
+    for shift in (30.0, 40.0):
+        velocity.set_scales(torch.randn(50, 2), (5 * torch.randn(50, 5, 1) + shift).flatten(1))
+        assert torch.equal(embedding(y), before) != is_new
+        before = embedding(y)
+        is_new = False
+    velocity.requires_grad_(requires_grad=False)  # as a trained flow is, which may be trained on
+    velocity.set_scales(torch.randn(50, 2), 3 * y.flatten(1))
+    assert not torch.equal(embedding(y), before)

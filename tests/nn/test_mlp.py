@@ -1,12 +1,19 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases import HIDDEN_DIMS, OwnVelocity
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_interpolant import InterpolantTransform, TorusMLP, VelocityMLP
+from pyro_interpolant import (
+    ConditionalInterpolantTransform,
+    InterpolantTransform,
+    TorusMLP,
+    VelocityMLP,
+)
 from pyro_interpolant.nn.mlp import untrained_like
 from pyro_interpolant.nn.velocity import field
 
@@ -151,6 +158,32 @@ def test_an_untrained_copy_has_the_scales_of_the_network(kind):
     for name, value in velocity.named_buffers():
         assert torch.equal(copy.get_buffer(name), value)
     assert copy.context_scale.min() > 2
+
+
+@pytest.mark.parametrize("kind", [VelocityMLP, TorusMLP])
+def test_an_untrained_copy_has_no_buffers_of_layers_that_were_changed(kind):
+    velocity = kind(2, (8, 8))
+    prune.random_unstructured(velocity.layers[1], "weight", amount=0.5)
+    velocity.set_scales(10 * torch.randn(50, 2))
+    copy = velocity.untrained_copy()
+    assert copy.is_untrained()
+    assert torch.equal(copy.reach, velocity.reach)
+    assert [name for name, _ in copy.named_buffers()] == ["reach", "context_loc", "context_scale"]
+
+
+def test_what_is_put_in_place_of_the_output_may_have_no_weight():
+    velocity = VelocityMLP(2, (8,))
+    velocity.output = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+    assert not velocity.is_untrained()
+
+
+@pytest.mark.parametrize("number", [np.int64, torch.tensor], ids=["numpy", "torch"])
+def test_sizes_may_be_numbers_of_numpy_or_torch(number):
+    velocity = VelocityMLP(number(2), (number(8),), classes=number(3))
+    flow = ConditionalInterpolantTransform(velocity).flow
+    assert (flow.event_dim, flow.context_dim, flow.classes) == (2, 1, 3)
+    assert velocity.arguments() == (2, (8,), 0, 3)
+    assert VelocityMLP(2, (8,), number(4)).context_dim == 4
 
 
 @pytest.mark.parametrize("sizes", [(0, 0), (3, 0), (1, 4)])

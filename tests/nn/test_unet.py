@@ -3,6 +3,7 @@
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from cases import IMAGE_NETWORKS, IMAGE_SHAPE, slow_but
@@ -10,6 +11,7 @@ from torch import nn
 
 import pyro_interpolant as pi
 from pyro_interpolant.nn import ImageVelocity, UNet
+from pyro_interpolant.nn.velocity import size_of
 from pyro_interpolant.solvers.divergence import ExactDivergence
 
 SIZE = 16
@@ -203,6 +205,22 @@ def test_a_network_of_images_has_to_return_images():
         velocity(torch.rand(3), torch.randn(3, 16), torch.zeros(3, 1))
     with pytest.raises(ValueError, match=r"null_label beside classes"):
         ImageVelocity(nn.Identity(), (1, 4, 4), null_label=3)
+
+
+def test_sizes_of_images_are_whole_numbers():
+    velocity = ImageVelocity(nn.Identity(), (1, np.int64(4), 4), np.int64(3), np.int64(3))
+    flow = pi.ConditionalInterpolantTransform(velocity).flow
+    assert (flow.event_dim, flow.classes, size_of(velocity, "null_label")) == (16, 3, 3)
+    for shape, classes in ((16, 0), ((1, 4.0, 4), 0), ((1, 4, 4), 3.0)):
+        with pytest.raises(TypeError, match="a tuple of whole numbers"):
+            ImageVelocity(nn.Identity(), shape, classes)
+
+
+@pytest.mark.parametrize("name", ["image_shape", "channels", "attention"])
+def test_sizes_of_a_network_of_images_are_whole_numbers(name):
+    pytest.importorskip("diffusers")
+    with pytest.raises(TypeError, match=rf"{name}, a tuple of whole numbers, got 8: write \(8,\)"):
+        UNet(**{"image_shape": (1, 8, 8), name: 8})
 
 
 def test_a_missing_diffusers_is_named(monkeypatch):

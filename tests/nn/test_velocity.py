@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from cases import OwnVelocity, random_flow, slow_but
@@ -452,3 +453,14 @@ def test_a_layer_with_a_bias_counts():
     with torch.no_grad():
         plain.shifts.bias[-2:] += velocity.output.bias
     torch.testing.assert_close(results(velocity, x), results(plain, x))
+
+
+@pytest.mark.parametrize("number", [int, np.int64, np.uint8])
+def test_sizes_of_a_network_may_be_numbers_of_numpy(number):
+    velocity = OwnVelocity(2)
+    velocity.classes, velocity.null_label = number(3), number(0)
+    assert protocol.size_of(velocity, "classes") == 3
+    assert protocol.size_of(velocity, "null_label") == 0
+    assert ConditionalInterpolantTransform(velocity, 2).flow.classes == 3
+    velocity.classes = 3.0
+    assert protocol.size_of(velocity, "classes") is None

@@ -332,6 +332,7 @@ def test_a_network_of_ones_own_with_classes_sees_labels():
         (torch.full((20, 1), math.nan), ValueError, "finite context"),
         (torch.full((20,), 10**12), ValueError, "fewer classes than rows"),
         (torch.ones(20, 1, dtype=torch.complex64), ValueError, "one label a row"),
+        (torch.zeros(0, dtype=torch.long), ValueError, r"one label a row.*\(0,\)"),
         ("labels", TypeError, "context to be a tensor or an array, got str"),
     ],
 )

@@ -68,9 +68,10 @@ def based(loc):
     return InterpolantDistribution(flow, base)
 
 
-def partly_frozen():
-    flow = made()
-    flow.transform.velocity.output.requires_grad_(requires_grad=False)
+def partly_frozen(seed=7):
+    torch.manual_seed(seed)
+    flow = InterpolantDistribution(interpolant_transform(2, (12, 12)))
+    flow.transform.velocity.layers.requires_grad_(requires_grad=False)
     return flow
 
 
@@ -128,6 +129,16 @@ def test_a_run_resumes_to_the_same_bits(every, seed, options, tmp_path):
         assert torch.equal(a, b)
     for name in ("steps", "losses", "validation_losses", "best_step", "solver"):
         assert getattr(result, name) == getattr(expected, name)
+
+
+def test_a_run_goes_on_with_the_frozen_weights_that_it_began_with(tmp_path):
+    path, whole = tmp_path / "run", partly_frozen()
+    fit(whole, rows(), **QUICK)
+    with pytest.raises(Stop):
+        fit(partly_frozen(), rows(), checkpoint=path, callback=stopping(20), **QUICK)
+    again = partly_frozen(seed=8)
+    fit(again, rows(), checkpoint=path, **QUICK)
+    assert all(map(torch.equal, weights_of(whole), weights_of(again)))
 
 
 def test_a_run_for_the_noise_goes_on_with_the_flow_that_it_left(tmp_path):

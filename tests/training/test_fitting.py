@@ -18,6 +18,8 @@ from pyro_interpolant import (
     InterpolantDistribution,
     InterpolantTransform,
     JointInterpolantDistribution,
+    Latent,
+    Linear,
     Mirror,
     Samples,
     VelocityMLP,
@@ -28,6 +30,7 @@ from pyro_interpolant import (
     interpolant_loss,
     interpolant_transform,
     optimal_transport,
+    score,
 )
 from pyro_interpolant.training import FitResult, TrainingState, loop, reporting
 from pyro_interpolant.training.reporting import HeldOutDensity
@@ -433,6 +436,25 @@ def test_weights_frozen_beside_others_stay_as_they_are(part):
         if not torch.equal(p, before[name])
     }
     assert moved == before.keys() - {f"{part}.{name}" for name, _ in fixed.named_parameters()}
+
+
+def test_an_error_leaves_no_network_of_the_noise_that_has_learned_nothing(monkeypatch):
+    distribution, x = tiny(), torch.randn(200, 2)
+    distribution.transform.flow.interpolant = Latent(Linear())
+    quick(distribution, x)
+    before = score(distribution, 0.5, x)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Run, "_advance", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quick(distribution, x, learn="noise")
+    assert distribution.transform.flow.noise is None
+    assert torch.equal(score(distribution, 0.5, x), before)
+    quick(distribution, x, learn="noise")
+    known = distribution.transform.flow.noise
+    monkeypatch.setattr(loop.Run, "_advance", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        quick(distribution, x, learn="noise")
+    assert distribution.transform.flow.noise is known
 
 
 @pytest.mark.parametrize("frozen", [True, False])
