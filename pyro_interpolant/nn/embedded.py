@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from .embedding import KINDS, SIZE, dense, setter_of_scales
 from .mlp import VelocityMLP
-from .modes import evaluated, fixed_weights
+from .modes import evaluated
 from .record import MovedRecord, Record, by_row
-from .velocity import StateFunction, location_and_scale, own_method
+from .velocity import StateFunction, fixed_weights, location_and_scale, own_method
 
 _HEAD_WIDTH = 128
 MOST_SUMMARIES = 1024  # that a regression takes: beyond, its matrix takes long to decompose
