@@ -9,12 +9,14 @@ References:
     Ho & Salimans, *Classifier-free diffusion guidance*, arXiv 2207.12598.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from .._package import check_ranges, number
 from ..distributions.interpolant import ConditionalInterpolantDistribution
 from ..distributions.joint import ConditionalJointInterpolantDistribution
 from ..nn.velocity import image_shape, rows_at_once, size_of
@@ -37,8 +39,17 @@ def guided(
         scale: s; 1 is no guidance, and 0 samples without regard to labels.
 
     Raises:
-        ValueError: If the network, or that of the noise where one is learned, has no such label.
+        TypeError: If the distribution is none that takes labels, as one that was given them.
+        ValueError: If the network, or that of the noise where one is learned, has no such label,
+            or the scale is no finite number.
     """
+    if not isinstance(distribution, ConditionalInterpolantDistribution):
+        raise TypeError(
+            "expected a conditional flow, got a distribution of class "
+            f"{type(distribution).__name__}: guide the one that takes labels, "
+            "guided(images).condition(labels)"
+        )
+    check_ranges(number("a finite scale", scale, math.isfinite))
     transform = distribution.transform
     flow = transform.flow
     new = ConditionalInterpolantTransform(
@@ -49,6 +60,7 @@ def guided(
         divergence=NoDensity(),
         whitening=flow.whitening,
     )
+    new.trains_weights = transform.trains_weights
     # What the score follows from, if there is one: of a guided noise it is guided, too.
     new.flow.independent, new.flow.reached = flow.independent, flow.reached
     new.flow.levels = flow.levels
@@ -58,6 +70,7 @@ def guided(
         kind = partial(ConditionalJointInterpolantDistribution, sites=distribution.sites)
     family = kind(new, distribution.base, support=distribution.constraint)
     family.columns, family.context_columns = distribution.columns, distribution.context_columns
+    family.refined_for = distribution.refined_for
     return family
 
 

@@ -215,10 +215,12 @@ class _PosteriorSDE(InterpolantSDE):
     def _sum(self, w: Tensor) -> Tensor:
         """Return the sum of log-likelihoods of whitened values, shape ``(*, D)``."""
         found = self.log_likelihood(_values(self.distribution, w))
-        if found.shape != w.shape[:-1]:
+        shape = getattr(found, "shape", None)
+        if shape != w.shape[:-1]:
+            got = type(found).__name__ if shape is None else tuple(shape)
             raise ValueError(
                 f"expected log-likelihoods of shape {tuple(w.shape[:-1])}, one for each value, "
-                f"got {tuple(found.shape)}: sum over the numbers of an observation"
+                f"got {got}: sum over the numbers of an observation"
             )
         return found.sum()
 

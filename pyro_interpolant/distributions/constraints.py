@@ -20,7 +20,7 @@ from torch.distributions.constraint_registry import ConstraintRegistry
 from torch.distributions.transforms import ComposeTransform, ReshapeTransform
 
 from .._package import check_sizes
-from ..transforms.bijections import PerEvent, mended
+from ..transforms.bijections import PerEvent, following, mended
 
 Constraint = constraints.Constraint
 Sites = Mapping[str, tuple[torch.Size, Constraint]]  # shape and support, in the order of packing
@@ -119,7 +119,7 @@ def biject(support: Constraint) -> Transform:
     Raises:
         NotImplementedError: If there is none.
     """
-    return mended(biject_to(support))
+    return mended(biject_to(following(support)))
 
 
 def bijection(support: Constraint) -> Transform:

@@ -32,6 +32,13 @@ _END_MARGIN = 1e-3  # the time from an end at which a root that vanishes there t
 _SHARE_MARGIN = 4e-3
 
 
+def check_function(name: str, value: object, example: str) -> None:
+    """Raise a TypeError unless a part, called by its name, is a function, and no class of them."""
+    if isinstance(value, type) or not callable(value):
+        got = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+        raise TypeError(f"expected {name} to be a function, such as {example}, got {got}")
+
+
 class Interpolant(ABC):
     r"""A path :math:`I_t(x_0, x_1)`: the one abstract method is :meth:`coefficients`.
 
@@ -170,12 +177,19 @@ class VariancePreserving(Interpolant):
     :math:`s = \delta + (1 - \delta) t` the second one is :math:`\sqrt{\alpha_s}\, t / s`, and the
     first likewise: straight at its end, and unchanged where :math:`\sqrt{\alpha_t} = t`.
 
+    Raises:
+        TypeError: If the schedule is no function.
+
     References:
         arXiv 2303.08797, Section 5.2; Song et al., *Score-based generative modeling through
         stochastic differential equations*, ICLR 2021.
     """
 
     schedule: Callable[[Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        """Check the schedule."""
+        check_function("schedule", self.schedule, "lambda t: t**2")
 
     def coefficients(self, t: Tensor) -> Coefficients:
         """Return the coefficients of base, data and noise, each of the shape of t."""
@@ -264,6 +278,7 @@ class Latent(Interpolant):
             slopes that are finite there.
 
     Raises:
+        TypeError: If the interpolant is none, or gamma no function.
         ValueError: If the interpolant has a latent term, or is not linear.
 
     References:
@@ -274,7 +289,10 @@ class Latent(Interpolant):
     gamma: Callable[[Tensor], Tensor] = field(default_factory=SineSquared)
 
     def __post_init__(self) -> None:
-        """Check the interpolant."""
+        """Check both."""
+        if not isinstance(self.interpolant, Interpolant):
+            raise TypeError(f"expected an interpolant, such as Linear(), got {self.interpolant!r}")
+        check_function("gamma", self.gamma, "SineSquared()")
         if self.interpolant.has_latent():
             raise ValueError(
                 "expected an interpolant without a latent term, which would be left out, got "
@@ -301,6 +319,9 @@ class Mirror(Interpolant):
     Args:
         gamma: As in :class:`Latent`, a function of times of any shape.
 
+    Raises:
+        TypeError: If it is no function.
+
     References:
         arXiv 2303.08797, Section 3.3.
     """
@@ -308,6 +329,10 @@ class Mirror(Interpolant):
     gamma: Callable[[Tensor], Tensor] = field(default_factory=SineSquared)
 
     ends = ((0.0, 1.0, 0.0), (0.0, 1.0, 0.0))
+
+    def __post_init__(self) -> None:
+        """Check the function."""
+        check_function("gamma", self.gamma, "SineSquared()")
 
     def coefficients(self, t: Tensor) -> Coefficients:
         """Return the coefficients of base, data and noise, each of the shape of t."""

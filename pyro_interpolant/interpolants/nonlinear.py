@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._torch import jvp
-from .linear import Coefficients, Interpolant
+from .linear import Coefficients, Interpolant, check_function
 
 
 class _WithoutCoefficients(Interpolant):
@@ -40,6 +40,9 @@ class NonlinearInterpolant(_WithoutCoefficients):
         function: ``(t, x0, x1) -> x_t`` with t of shape ``(*, 1)`` and pairs of shape ``(*, D)``;
             it returns ``x0`` at t = 0 and ``x1`` at t = 1.
 
+    Raises:
+        TypeError: If it is no function.
+
     References:
         arXiv 2209.15571, Section 2.
 
@@ -54,6 +57,10 @@ class NonlinearInterpolant(_WithoutCoefficients):
     """
 
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        """Check the function."""
+        check_function("a path", self.function, "lambda t, x0, x1: (1 - t) * x0 + t * x1")
 
     def check_ends(self, dim: int) -> None:
         """Raise a ValueError unless the path of D-dimensional pairs joins base and data."""
@@ -110,6 +117,9 @@ class Geodesic(_WithoutCoefficients):
         schedule: :math:`\beta`, a function of times of any shape with :math:`\beta(0) = 0` and
             :math:`\beta(1) = 1`. By default t: constant speed.
 
+    Raises:
+        TypeError: If it is no function.
+
     References:
         arXiv 2209.15571, Section 2; Chen & Lipman, *Flow matching on general geometries*,
         ICLR 2024, arXiv 2302.03660, Section 3.2.
@@ -123,6 +133,11 @@ class Geodesic(_WithoutCoefficients):
     """
 
     schedule: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the schedule."""
+        if self.schedule is not None:
+            check_function("schedule", self.schedule, "lambda t: t**2")
 
     def check_ends(self, dim: int) -> None:
         """Raise a ValueError unless the path, modulo whole turns, joins base and data."""

@@ -5,7 +5,7 @@ coordinates to where the velocity moves. ``PerEvent`` wraps a bijection from rea
 support, such as :math:`y_i = e^{x_i}`, so that its log-determinant is one number an event;
 ``Cached`` remembers pairs as well, so that a sample is not inverted again; ``Unseen`` keeps the
 caches of other libraries from doing so. ``StickBreaking`` is torch's map to a simplex, which keeps
-small shares.
+small shares, and ``Between`` the last part of that to an interval, which follows its bounds.
 """
 
 import copy
@@ -14,11 +14,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributions import (
+    AffineTransform,
     CatTransform,
+    ComposeTransform,
+    SigmoidTransform,
     StickBreakingTransform,
     Transform,
+    biject_to,
     constraints,
     identity_transform,
+    transform_to,
 )
 from torch.nn.functional import logsigmoid, pad
 
@@ -160,6 +165,76 @@ class StickBreaking(StickBreakingTransform):
 def _left(x: Tensor) -> Tensor:
     """Return how many shares come after each of those that vectors, ``(*, D)``, give: ``(D,)``."""
     return torch.arange(x.shape[-1], 0, -1, dtype=x.dtype, device=x.device)
+
+
+class Between(AffineTransform):
+    """Torch's map from the unit interval to another, of bounds as they are at each call.
+
+    Torch keeps their difference: where tensors are changed in place it moves values, and scales
+    them as before.
+
+    Args:
+        low: The lower bound, of any shape.
+        high: The upper bound.
+    """
+
+    def __init__(self, low: Tensor | float, high: Tensor | float) -> None:
+        Transform.__init__(self)
+        self.loc, self.high, self._event_dim = low, high, 0
+
+    @property
+    def scale(self) -> Tensor | float:  # type: ignore[override]
+        """How far the bounds are apart, of their shape."""
+        return self.high - self.loc
+
+    def with_cache(self, cache_size: int = 1) -> Transform:
+        """Return self."""
+        return self
+
+
+class _Moving(constraints.Constraint):
+    """An interval of which a bound is a tensor, and may be changed in place.
+
+    Args:
+        interval: The interval.
+        low: Its lower bound, of any shape.
+        high: Its upper bound.
+    """
+
+    def __init__(
+        self, interval: constraints.Constraint, low: Tensor | float, high: Tensor | float
+    ) -> None:
+        self.interval, self.low, self.high = interval, low, high
+        super().__init__()
+
+    def __repr__(self) -> str:
+        """Name the interval."""
+        return repr(self.interval)
+
+
+@biject_to.register(_Moving)
+@transform_to.register(_Moving)
+def _(constraint: _Moving) -> Transform:
+    return ComposeTransform([SigmoidTransform(), Between(constraint.low, constraint.high)])
+
+
+def following(support: constraints.Constraint) -> constraints.Constraint:
+    """Return a support whose bijection follows bounds that are tensors, wherever they are in it.
+
+    That of torch does so for half lines, and not for intervals.
+    """
+    own = getattr(support, "__dict__", {})
+    if type(support) in (constraints.interval, constraints.half_open_interval):
+        bounds = own["lower_bound"], own["upper_bound"]
+        return _Moving(support, *bounds) if any(isinstance(b, Tensor) for b in bounds) else support
+    parts = {name: part for name, part in own.items() if name in ("base_constraint", "cseq")}
+    if not parts:
+        return support
+    changed = copy.copy(support)
+    for name, part in parts.items():
+        several = isinstance(part, list)
+        setattr(changed, name, [*map(following, part)] if several else following(part))
+    return changed
 
 
 def mended(transform: Transform) -> Transform:

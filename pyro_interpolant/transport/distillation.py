@@ -258,7 +258,7 @@ class StudentTransforms(nn.Module):
 
     def __init__(self, source: Sequence[Transform] | nn.Module) -> None:
         super().__init__()
-        if isinstance(source, Transform):
+        if not isinstance(source, Sequence | nn.Module) or isinstance(source, Transform):
             source = [source]
         self.source: Sequence[Transform] | nn.Module = source
         if not isinstance(source, nn.Module):  # whose weights are this module's, as an attribute

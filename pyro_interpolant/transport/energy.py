@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import jacfwd, vmap
 
-from .._package import check_ranges, whole
+from .._package import check_ranges, number, whole
 from .._torch import seeded
 from ..distributions.interpolant import AnyDistribution, rows_given
 from ..distributions.report import with_error
@@ -162,13 +162,14 @@ def w2_bound(
         TypeError: If rows are not of a floating type: images of whole levels are not what was
             learned, which is spread over them.
         ValueError: If rows are of another shape or type, not finite or outside the support, there
-            are none, or others than their contexts, a context is missing, or the flow is behind a
-            map of :func:`from_samples`, stopped by ``at(t)``, from a base with a batch, or a
-            mirror that was not fitted.
+            are none, or others than their contexts, a context is missing, the minimum is no finite
+            number, or the flow is behind a map of :func:`from_samples`, stopped by ``at(t)``, from
+            a base with a batch, or a mirror that was not fitted.
 
     References:
         arXiv 2209.15571, Proposition 3.
     """
+    check_ranges(number("a finite minimum, or None", minimum, math.isfinite, or_none=True))
     refuse_gaussianized(distribution.constraint, "distance")
     distribution.check_single_base(rows=True)
     distribution.check_start()

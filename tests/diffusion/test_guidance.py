@@ -71,7 +71,9 @@ def test_it_keeps_names_and_sites():
     transform = pi.ConditionalInterpolantTransform(Labelled())
     rows = pi.ConditionalInterpolantDistribution(transform)
     rows.columns, rows.context_columns = ("a", "b"), ("kind",)
+    rows.refined_for = torch.ones(1)
     found = guided(rows)
+    assert found.refined_for is rows.refined_for
     assert (found.columns, found.context_columns) == (("a", "b"), ("kind",))
     sites = {"mu": ((), constraints.real), "sigma": ((), constraints.positive)}
     joint = ConditionalJointInterpolantDistribution(transform, sites=sites)
@@ -120,6 +122,23 @@ def test_it_is_not_trained_for_the_weights_are_those_of_another():
     with pytest.raises(ValueError, match="got a conditioned or guided one.*it came from"):
         pi.fit(guided(original), torch.rand(8, *IMAGE_SHAPE), context=torch.tensor([0, 1] * 4))
     assert torch.equal(original.transform.velocity.network.rates, RATES)
+
+
+def test_what_is_guided_takes_labels():
+    with pytest.raises(TypeError, match=r"expected a conditional flow, got .*condition\(labels\)"):
+        guided(family().condition(torch.tensor([0, 1])))
+
+
+@pytest.mark.parametrize("scale", [None, "2", float("nan"), torch.ones(2)])
+def test_a_scale_is_a_number(scale):
+    with pytest.raises(ValueError, match="expected a finite scale, got"):
+        guided(family(), scale)
+
+
+def test_a_posterior_that_is_to_be_read_is_guided_at_its_own_nodes():
+    images = family()
+    images.transform.trains_weights = False
+    assert not guided(images).condition(torch.tensor([0])).transform.trains_weights
 
 
 def test_a_network_needs_a_label_for_none():

@@ -245,6 +245,8 @@ def test_wrong_arguments():
     flow = random_flow_distribution()
     with pytest.raises(ValueError, match=r"of shape \(3,\), one for each.*got \(3, 2\): sum over"):
         approximate_posterior(flow, lambda x: -x.square(), (3,))
+    with pytest.raises(ValueError, match=r"of shape \(3,\), one for each value, got float: sum"):
+        approximate_posterior(flow, lambda x: 0.0, (3,))
     with pytest.raises(ValueError, match="steps >= 1, a whole number, got 0"):
         approximate_posterior(flow, lambda x: x.sum(-1), (3,), steps=0)
     with pytest.raises(

@@ -370,3 +370,18 @@ def test_a_latent_term_beside_a_path_that_is_not_its_coefficients_is_refused():
 def test_a_gamma_without_a_positive_scale_is_refused(gamma, scale):
     with pytest.raises(ValueError, match=f"expected scale > 0, got {scale!r}"):
         gamma(scale)
+
+
+@pytest.mark.parametrize("part", [0.5, BrownianBridge, None], ids=["number", "class", "none"])
+def test_functions_of_time_are_functions(part):
+    for make in (lambda f: Latent(Linear(), f), Mirror, VariancePreserving, NonlinearInterpolant):
+        with pytest.raises(TypeError, match=r"expected (gamma|schedule|a path) to be a function"):
+            make(part)
+    if part is not None:
+        with pytest.raises(TypeError, match="expected schedule to be a function"):
+            Geodesic(part)
+
+
+def test_a_latent_term_is_beside_an_instance():
+    with pytest.raises(TypeError, match=r"an interpolant, such as Linear\(\), got <class"):
+        Latent(Linear)

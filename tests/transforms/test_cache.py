@@ -1161,18 +1161,47 @@ def test_large_weights_are_not_copied_and_every_change_of_them_is_seen(dtype):
     assert change(lambda w: -w) > 1e-6
 
 
-def test_bounds_that_move_are_seen():
+@pytest.mark.parametrize(
+    "support",
+    [
+        lambda low, high: constraints.greater_than(low),
+        constraints.interval,
+        constraints.half_open_interval,
+        lambda low, high: constraints.interval(low, 9.0),
+        lambda low, high: constraints.independent(constraints.interval(low, high), 1),
+        lambda low, high: constraints.stack(
+            [constraints.interval(low[0], high[0]), constraints.interval(1.0, high[1])], -1
+        ),
+    ],
+    ids=["half line", "interval", "half open", "one bound", "independent", "stack"],
+)
+def test_bounds_that_move_are_seen(support):
     low = torch.zeros(2, dtype=torch.float64)
-    d = InterpolantDistribution(
-        interpolant_transform(2, (8,)), support=constraints.greater_than(low)
-    )
+    high = torch.full((2,), 5.0, dtype=torch.float64)
+    transform = interpolant_transform(2, (8,))
+    d = InterpolantDistribution(transform, support=support(low, high))
     y = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
     with torch.no_grad():
         before = d.log_prob(y)
         low.add_(2.0)
+        high.add_(3.0)
         after = d.log_prob(y)
         torch.testing.assert_close(after, d.log_prob(y.clone()))
+        anew = InterpolantDistribution(transform, support=support(low, high))
+        torch.testing.assert_close(after, anew.log_prob(y))
     assert bool(after != before)
+
+
+def test_bounds_of_a_flow_made_without_gradients_have_them():
+    high = torch.tensor([5.0, 6.0], dtype=torch.float64, requires_grad=True)
+    support = constraints.interval(torch.zeros(2, dtype=torch.float64), high)
+    transform = interpolant_transform(2, (8,))
+    with torch.no_grad():
+        blind = InterpolantDistribution(transform, support=support)
+    d = InterpolantDistribution(transform, support=support)
+    y = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    found, expected = (torch.autograd.grad(p.log_prob(y).sum(), high)[0] for p in (blind, d))
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_look_without_gradients_leaves_those_of_bounds():

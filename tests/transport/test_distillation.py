@@ -322,7 +322,7 @@ def test_what_cannot_be_distilled_is_refused():
     with pytest.raises(ValueError, match="got angles"):
         distill(InterpolantDistribution(torus, support=circular), **QUICK)
     flow = random_prior(2)
-    for wrong in ([], [nn.Linear(2, 2)], Unrelated()):
+    for wrong in ([], [nn.Linear(2, 2)], Unrelated(), AffineTransform, 3):
         with pytest.raises(TypeError, match="expected transforms"):
             distill(flow, wrong, **QUICK)
     for wrong in ([affine_coupling(3, [8])], [affine_coupling(3, [8]), affine_coupling(2, [8])]):

@@ -241,3 +241,10 @@ def test_the_bound_is_of_the_whole_way_from_one_base():
     for bound in (lambda d: w2_bound(d, x), lambda d: path_energy(d, count=3)):
         with pytest.raises(ValueError, match=r"one base for all rows.*batch shape \(3,\)"):
             bound(InterpolantDistribution(transform, base))
+
+
+@pytest.mark.parametrize("minimum", ["-1", math.nan, torch.ones(2)])
+def test_a_minimum_is_a_number(minimum):
+    flow = InterpolantDistribution(interpolant_transform(2, (8,)))
+    with pytest.raises(ValueError, match="expected a finite minimum, or None, got"):
+        w2_bound(flow, torch.randn(20, 2), minimum=minimum)
