@@ -329,7 +329,7 @@ def checked_context(
         context: A tensor or an array; of labels whole numbers, shape ``(N,)`` or ``(N, 1)``.
         size: The expected C, or None for any.
         classes: The number of classes, where contexts are labels; else 0.
-        dtype: The type of the flow, in which labels are returned.
+        dtype: The type of the flow, in which labels are returned, and numbers must be finite.
 
     Raises:
         TypeError: If they are neither of a floating type nor labels.
@@ -344,6 +344,8 @@ def checked_context(
                 ": leave those rows out, or give them weight 0"
             )
         found = checked_rows(found, "context", (size,))
+        if not bool(found.to(dtype).isfinite().all()):
+            raise ValueError(f"expected context in the range of {dtype}, got numbers beyond it")
         return checked_labels(found, classes, dtype) if classes else found
     if not classes:
         raise TypeError(

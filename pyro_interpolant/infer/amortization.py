@@ -407,6 +407,8 @@ def untrained_posterior(
         hidden_dims: The widths of the velocity's hidden layers, or None.
         like: A tensor of the type and on the device that its weights are to have.
     """
+    if not isinstance(embedding, nn.Module | None):
+        raise TypeError(f"expected embedding to be a module, got {embedding!r}")
     dim = sites.guide.latent_dim
     velocity = EmbeddedVelocity(dim, list(shapes.values()), embedding, hidden_dims)
     transform = ConditionalInterpolantTransform(velocity).to(like)
@@ -420,13 +422,22 @@ def check_posterior(
     sites: LatentSites,
     shapes: Mapping[str, torch.Size],
 ) -> None:
-    """Raise a ValueError unless a posterior is one of these sites given these data.
+    """Raise an error unless a posterior is one of these sites given these data.
 
     Args:
         posterior: The posterior, from the sites' unconstrained vector to N(0, I).
         sites: The latent sites.
         shapes: The shapes of the observed sites, in their order.
+
+    Raises:
+        TypeError: If it is no conditional density of named sites.
+        ValueError: If it is one of others.
     """
+    if not isinstance(posterior, ConditionalJointInterpolantDistribution):
+        raise TypeError(
+            "expected a conditional density of named sites as posterior, as from_samples({...}, "
+            f"context=data) returns it, got {type(posterior).__name__}"
+        )
     own = {name: shape for name, (shape, _) in posterior.sites.items()}
     size = sum(shape.numel() for shape in shapes.values())
     if list(own.items()) != list(sites.shapes.items()):

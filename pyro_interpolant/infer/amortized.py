@@ -105,10 +105,11 @@ class AmortizedInterpolant(AutoInterpolant):
             same simulations however many they are.
 
     Raises:
-        TypeError: If the model is not callable.
-        ValueError: If there are no observed sites, or fewer than no workers; at the first call, if
-            an observed site is not in the model, if the model has a factor, or its latent sites
-            are as :class:`AutoInterpolant` refuses.
+        TypeError: If the model is not callable; at the first call, if an embedding is no module.
+        ValueError: If there are no observed sites, or one is named twice, fewer than no workers,
+            or what makes a new network beside a posterior; at the first call, if an observed site
+            is not in the model, it has a factor, or latent sites as :class:`AutoInterpolant`
+            refuses them.
 
     References:
         Papamakarios & Murray, NeurIPS 2016, arXiv 1605.06376 (posterior estimation); Wildberger
@@ -144,8 +145,14 @@ class AmortizedInterpolant(AutoInterpolant):
         # The prototype's initialisation, set up before a module is there, knows the names.
         self.__dict__["observed"] = (observed,) if isinstance(observed, str) else tuple(observed)
         super().__init__(model, hidden_dims=hidden_dims)
-        if not self.observed:
-            raise ValueError("expected the name of at least one observed site, got none")
+        if not self.observed or len(set(self.observed)) < len(self.observed):
+            raise ValueError(f"expected names of observed sites, each once, got {self.observed}")
+        is_new = embedding is not None or hidden_dims is not None
+        if posterior is not None and is_new:
+            raise ValueError(
+                "expected a posterior, which has its network, or what a new one is made of, got "
+                "embedding or hidden_dims beside posterior"
+            )
         check_ranges(whole("num_workers", num_workers, 0))
         self.num_workers = int(num_workers)
         self._given = embedding, posterior
@@ -267,9 +274,12 @@ class AmortizedInterpolant(AutoInterpolant):
 
     def rows_of(self, simulations: Simulations) -> tuple[Tensor, Tensor]:
         """Return latents, packed, shape ``(N, D)``, and their data, flattened, ``(N, C)``."""
-        loc = self.transform.flow.loc
-        rows = self.posterior.pack(simulations.latents).to(loc)
+        rows = self._packed(simulations.latents)
         return rows, self._context({name: simulations.data[name] for name in self.observed})
+
+    def _packed(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """Return latents, packed, in the type of the guide, shape ``(N, D)``."""
+        return self.posterior.pack(latents).to(self.transform.flow.loc)
 
     def _context(self, data: Mapping[str, Any]) -> Tensor:
         """Return data, each ``(*, *site_shape)``, flattened and joined, shape ``(*, C)``."""
@@ -460,8 +470,8 @@ class AmortizedInterpolant(AutoInterpolant):
             late = clock.moment((i + _SIMULATING) / rounds)
             with seeded(None if seed is None else seed + i):
                 regions.append(region(ended.given(known)))
-                new = truncated(simulator, regions, count, self.posterior.pack, late)
-            inside = found.take(is_inside(regions, self.posterior.pack(found.latents)))
+                new = truncated(simulator, regions, count, self._packed, late)
+            inside = found.take(is_inside(regions, self._packed(found.latents)))
             found = inside if new is None else Simulations.joined([inside, new])
             if not are_enough(found, count, i + 1):
                 break

@@ -448,7 +448,7 @@ def _warn(run: ExpectationMaximization, values: Tensor, errors: Tensor) -> None:
     if run.regression.descent.steps == 0:
         warn_user(
             "no time was left for a round: what is returned is the start, from which no noise "
-            "was taken off. Raise max_seconds"
+            "was taken off. Raise max_seconds or steps"
         )
     none = int((~values.isfinite()).sum())
     if none:

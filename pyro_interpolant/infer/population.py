@@ -15,7 +15,7 @@ References:
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from .._package import check_ranges, number, whole
+from .._package import check_ranges, check_sizes, number, whole
 from .._torch import seeded, with_gradients
 from ..distributions.constraints import Constraint, shaped
 from ..distributions.interpolant import AnyDistribution
@@ -31,6 +31,7 @@ from ..distributions.rows import (
     as_tensor,
     check_same_order,
     checked_rows,
+    columns_in_order,
     contexts_of_rows,
     counted,
     in_order,
@@ -132,6 +133,8 @@ def from_noisy_samples(
         torch.Size([5, 2])
     """
     clock = _checked_settings(support, steps, max_seconds, validation)
+    if event_shape is not None:
+        check_sizes("event_shape", event_shape)
     columns = _names_of_latents(y, noise, start)
     check_same_order(y=y, noise=noise, noise_data=noise_data, context=context)
     rows = measurements(y, noise, noise_data, columns)
@@ -184,7 +187,7 @@ def from_posterior_samples(
 
     Args:
         draws: K draws of each of N objects, shape ``(N, K, D)``; or a list of the draws of each,
-            as many as there are, shapes ``(K_i, D)``.
+            as many as there are, shapes ``(K_i, D)``; of data frames columns are taken by name.
         log_interim_prior: :math:`\log \pi` of the draws, shape ``(N, K)``, or a list of shapes
             ``(K_i,)``, up to a constant; or a function that returns it, such as the ``log_prob``
             of a distribution of events of shape ``(D,)``, called with the draws, or with those of
@@ -222,7 +225,7 @@ def from_posterior_samples(
     """
     clock = _checked_settings(support, steps, max_seconds, validation)
     check_same_order(log_interim_prior=log_interim_prior, context=context)
-    x, log_prior, counts = _checked_draws(draws, log_interim_prior)
+    x, log_prior, counts, columns = _checked_draws(draws, log_interim_prior)
     objects = torch.arange(len(counts)).repeat_interleave(counts)
     bad = ~BijectiveSupport(shaped(support, x.shape[1:])).strictly_inside(x)
     if bool(bad.any()):
@@ -239,7 +242,7 @@ def from_posterior_samples(
     first = x[some]
     contexts = None if context is None else context[objects[some]]
     options = {"support": support, "network": network, "marginals": marginals, "seed": seed}
-    names = Names((), of_contexts)
+    names = Names(columns, of_contexts)
     distribution, rest = _started(first, contexts, sizes, names, options, steps, clock)
     flow = distribution.transform.flow
     u = distribution.to_flow(x).to(flow.loc)
@@ -296,7 +299,7 @@ def _checked_log_prior(
 
 def _checked_draws(
     draws: ArrayLike, log_interim_prior: ArrayLike | Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
     """Return the draws of all objects one after another, or raise an error for other ones.
 
     Args:
@@ -305,18 +308,21 @@ def _checked_draws(
 
     Returns:
         The draws, shape ``(M, D)``, their log densities under their own prior, shape ``(M,)``, in
-        float64, and the number of draws of each object, shape ``(N,)``.
+        float64, the number of draws of each object, shape ``(N,)``, and the names of columns.
     """
     if hasattr(log_interim_prior, "log_prob"):
         raise TypeError(
             "expected log_interim_prior of numbers or a function, got "
             f"{type(log_interim_prior).__name__}: pass its log_prob"
         )
+    names: tuple[str, ...] = ()
     if isinstance(draws, list | tuple):
-        sets = [checked_rows(few, f"draws[{i}]") for i, few in enumerate(draws)]
+        names = next(filter(None, map(names_of, draws)), ())
+        named = ((f"draws[{i}]", few) for i, few in enumerate(draws))
+        sets = [checked_rows(columns_in_order(x, names, name), name) for name, x in named]
         each: Any = log_interim_prior
-        if callable(log_interim_prior):
-            each = map(log_interim_prior, sets)
+        is_one = not isinstance(each, Iterable) or getattr(each, "ndim", 1) == 0
+        each = map(each, sets) if callable(each) else [each] if is_one else each
         log_priors: list[Any] = [as_tensor(few, "log_interim_prior")[None] for few in each]
         sets = [few[None] for few in sets]
     else:
@@ -341,7 +347,7 @@ def _checked_draws(
         )
     known = map(_checked_log_prior, log_priors, sets)
     log_prior = torch.cat([few.flatten() for few in known])
-    return torch.cat([x.flatten(0, 1) for x in sets]), log_prior, counts
+    return torch.cat([x.flatten(0, 1) for x in sets]), log_prior, counts, names
 
 
 def _checked_settings(

@@ -424,12 +424,13 @@ def flattened(data: Mapping[str, Any], shapes: Mapping[str, torch.Size], like: T
                 f"expected data of site {name!r} of shape ({want}), as they were simulated, "
                 f"got {tuple(value.shape)}"
             )
+        value = value.to(like)
         if not bool(value.isfinite().all()):
             raise ValueError(
-                f"expected finite data, got NaN or infinite numbers at site {name!r}: where "
+                f"expected finite data in {like.dtype}, got others at site {name!r}: where "
                 "data may be missing, observe a deterministic site that holds zeros there, "
                 "and a mask"
             )
-        parts.append(value.to(like).reshape(*value.shape[:batch], shape.numel()))
+        parts.append(value.reshape(*value.shape[:batch], shape.numel()))
     batch_shape = broadcast_shapes(*(part.shape[:-1] for part in parts))
     return torch.cat([part.expand(*batch_shape, -1) for part in parts], -1)

@@ -48,6 +48,7 @@ class SimulatedBatches:
         check_again(batches)
         self.batches, self.simulator, self.pack = batches, simulator, pack
         self.names = [*simulator.latents, *simulator.observed]
+        self.shapes = simulator.shapes | simulator.latents
         self.count, self.improper, self.trained = 0, 0, 0
         first, total = [], 0
         for found in self._finite():
@@ -109,11 +110,13 @@ class SimulatedBatches:
             )
         latents, data = ({k: as_tensor(v, k) for k, v in part.items()} for part in parts)
         values = {**latents, **data}
-        missing = [name for name in self.names if name not in values]
+        missing = [name for name in self.simulator.latents if name not in latents]
+        missing += [name for name in self.simulator.observed if name not in data]
         if missing:
             raise ValueError(
-                f"expected values of the sites {self.names}, got none of {missing}: it has "
-                f"{sorted(values)}"
+                f"expected latents {list(self.simulator.latents)} and data "
+                f"{list(self.simulator.observed)}, got none of {missing}: the latents are "
+                f"{sorted(latents)}, the data {sorted(data)}"
             )
         sizes = {name: len(value) if value.dim() else 0 for name, value in values.items()}
         if len(set(sizes.values())) != 1:
@@ -123,6 +126,11 @@ class SimulatedBatches:
         found = Simulations(own, data, torch.zeros(count), 0)
         if count == 0:
             return found
+        for name in self.names:
+            shape, given = self.shapes[name], values[name].shape
+            if given[1:] != shape:
+                want = ", ".join(("*", *map(str, shape)))
+                raise ValueError(f"expected site {name!r} of shape ({want}), got {tuple(given)}")
         proper = self.simulator.proper(found)
         good = all_of({name: proper[name] for name in self.names})
         return found.take(good)._replace(improper=count - int(good.sum()))

@@ -128,3 +128,11 @@ def test_values_of_any_kind_are_compared():
     assert are_close(torch.arange(3), torch.arange(3))
     assert not are_close(torch.arange(3), torch.tensor([0, 1, 3]))
     assert not are_close(torch.tensor([True, False]), torch.tensor([True, True]))
+
+
+def test_contexts_beyond_the_range_of_a_flows_type_are_refused():
+    """Else they are infinite for it, and torch's own assertions fail."""
+    x, context = torch.randn(60, 1, dtype=torch.float32), torch.randn(60, 1, dtype=torch.float64)
+    context[3] = 1e39
+    with pytest.raises(ValueError, match=r"context in the range of torch.float32, got numbers"):
+        from_samples(x, context=context, steps=1, progress=False)

@@ -506,8 +506,10 @@ def test_a_site_that_is_not_there_is_an_error_with_those_that_are():
 
     with pytest.raises(ValueError, match=r"'y' beside the observed ones \['z'\]: .*name it"):
         pi.fit_guide(pi.AmortizedInterpolant(counts, ("z",)), **QUICK)
-    with pytest.raises(ValueError, match="at least one observed site"):
+    with pytest.raises(ValueError, match="observed sites, each once, got"):
         pi.AmortizedInterpolant(rows_of_a_normal, observed=())
+    with pytest.raises(ValueError, match="observed sites, each once, got"):
+        pi.AmortizedInterpolant(rows_of_a_normal, observed=("y", "y"))
 
 
 def test_a_factor_cannot_be_simulated():
@@ -1209,3 +1211,38 @@ def test_a_batch_of_one_data_set_is_a_batch(trained):
     y = torch.linspace(-1.0, 1.0, ROWS)
     assert guide.condition(y=y[None]).batch_shape == (1,)
     assert guide.condition(y=y).batch_shape == ()
+
+
+@pytest.mark.parametrize("made", [{"embedding": pi.nn.SetEmbedding(1)}, {"hidden_dims": (8,)}])
+def test_what_a_new_network_is_made_of_is_refused_beside_a_posterior(made):
+    guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
+    guide(torch.ones(ROWS))
+    with pytest.raises(ValueError, match="got embedding or hidden_dims beside posterior"):
+        pi.AmortizedInterpolant(rows_of_a_normal, posterior=guide.posterior, **made)
+
+
+def test_rounds_of_a_guide_in_another_type_than_its_model():
+    guide, y = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,)), torch.randn(ROWS)
+    guide(y)
+    guide.to(torch.float32)
+    pi.fit_guide(guide, y, simulations=300, rounds=2, **QUICK)
+    assert guide.posterior.refined_for is not None
+
+
+def test_a_posterior_without_names_and_an_embedding_that_is_no_module_are_refused():
+    flow = pi.conditional_interpolant_transform(1, ROWS, (8,))
+    plain = pi.ConditionalInterpolantDistribution(flow)
+    for wrong, message in (
+        ({"posterior": plain}, "named sites as posterior, .* got ConditionalInterpolantDist"),
+        ({"embedding": pi.nn.SetEmbedding}, "embedding to be a module, got <class"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            pi.AmortizedInterpolant(rows_of_a_normal, **wrong)(torch.ones(ROWS))
+
+
+def test_data_beyond_the_range_of_a_guides_type_are_refused():
+    guide, y = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,)), torch.ones(ROWS)
+    guide(y)
+    guide.to(torch.float32)
+    with pytest.raises(ValueError, match=r"finite data in torch.float32, got others at site 'y'"):
+        guide.condition(y=1e39 * y.double())

@@ -679,6 +679,22 @@ def test_a_population_of_lists_of_draws(monkeypatch, as_function):
     assert objects.bincount().max() <= 3
 
 
+def test_frames_of_posterior_draws_are_taken_by_name(monkeypatch):
+    seen, sets = [], torch.randn(60, 5, 2)
+    monkeypatch.setattr(population_module, "from_samples", lambda *_, **__: gaussian())
+    monkeypatch.setattr(
+        population_module, "learn", lambda _, objects, *__, **___: seen.append(objects)
+    )
+    straight, swapped = frames(*sets)
+    draws = [sets[0], *straight[1:30], *swapped[30:]]
+    population = from_posterior_samples(draws, torch.zeros(60, 5), **QUICK)
+    assert population.columns == ("a", "b")
+    torch.testing.assert_close(seen[0].u, sets.flatten(0, 1))
+    swapped[-1].columns = ["b", "c"]
+    with pytest.raises(ValueError, match=r"draws\[59\] with the columns \['a', 'b'\]"):
+        from_posterior_samples([*straight[:-1], swapped[-1]], torch.zeros(60, 5), **QUICK)
+
+
 @pytest.mark.usefixtures("_small_runs")
 def test_the_prior_of_posterior_draws_is_that_of_their_unconstrained_numbers(monkeypatch):
     seen = []
@@ -908,7 +924,7 @@ def test_scalars_need_no_support():
 def test_a_run_without_time_says_that_noise_was_not_taken_off():
     _, y, sds = catalogue(100)
     options = {"network": pi.VelocityMLP(2, (8, 8)), "seed": 0, "progress": False}
-    with pytest.warns(UserWarning, match="no time was left for a round"):
+    with pytest.warns(UserWarning, match="no time was left for a round.*or steps"):
         population = from_noisy_samples(y, sds, max_seconds=1e-3, **options)
     assert population.report.reference == population.report.held_out
 
@@ -1339,6 +1355,11 @@ def test_what_cannot_work_is_refused_before_any_work(arguments, options, message
         from_noisy_samples(*arguments, **{**QUICK, **options})
 
 
+def test_an_event_shape_that_is_no_shape_is_refused():
+    with pytest.raises(TypeError, match=r"event_shape, .* got 2: write \(2,\)"):
+        from_noisy_samples(Y, torch.ones_like(Y), event_shape=2, **QUICK)
+
+
 def test_posterior_draws_that_cannot_work_are_refused():
     draws, log_prior = torch.randn(60, 5, 2), torch.zeros(60, 5)
     interim = dist.Normal(0.0, 1.0).expand([2]).to_event(1).log_prob
@@ -1350,6 +1371,8 @@ def test_posterior_draws_that_cannot_work_are_refused():
         ((draws, math.nan * log_prior), "finite log_interim_prior"),
         ((draws[:, :1], log_prior[:, :1]), "two draws of each object"),
         ((list(draws), list(log_prior)[1:]), "60 objects with D in .2. and 59 priors"),
+        ((list(draws), 0.0), "60 objects with D in .2. and 1 priors"),
+        ((list(draws), torch.tensor(0.0)), "60 objects with D in .2. and 1 priors"),
         (([*draws, draws[0, :, :1]], interim), r"61 objects with D in \[1, 2\]"),
         (([*draws, draws[0, :1]], interim), "got one for 1 objects, the first being row 60"),
         (([*draws[:3], draws[0, :, 0]], interim), r"draws\[3\] of shape \(N, D\), got \(5,\)"),

@@ -86,9 +86,17 @@ def test_no_draw_is_weighed_where_the_batches_lack_what_the_model_draws():
         (iter([]), "used up after once"),
         ([], "at least 10 finite simulations, got 0"),
         ([torch.zeros(20)], r"in batch 0.*\(latents, data\), two dictionaries.*got Tensor"),
-        ([({"loc": torch.zeros(20)}, {})], r"got none of \['y'\]: it has \['loc'\]"),
+        (
+            [({"loc": torch.zeros(20)}, {})],
+            r"got none of \['y'\]: the latents are \['loc'\], the data \[\]",
+        ),
+        (
+            [({"y": torch.zeros(20, ROWS)}, {"loc": torch.zeros(20)})],
+            r"in batch 0.*got none of \['loc', 'y'\]: the latents are \['y'\], the data \['loc'\]",
+        ),
         ([({"loc": torch.zeros(20)}, {"y": torch.zeros(19, ROWS)})], "one value per simulation"),
         ([({"loc": torch.zeros(20)}, {"y": torch.full((20, ROWS), torch.nan)})], "got 0 and 20"),
+        ([({"loc": torch.zeros(20, 1)}, {"y": torch.zeros(20, ROWS)})], r"'loc' of shape \(\*\)"),
         ([({"loc": torch.zeros(20)}, {"y": torch.zeros(20, 2)})], rf"of shape \(\*, {ROWS}\)"),
     ],
 )
