@@ -656,6 +656,13 @@ BAD = {
         ValueError,
         "finite context, got NaN or infinite values in 100 of 100",
     ),
+    "context beyond the type": (
+        lambda: tiny_conditional().to(torch.float32),
+        lambda: X,
+        {"context": C * 1e40},
+        ValueError,
+        r"context within the range of the flow's type torch\.float32, up to 3\.4e\+38.*100 rows",
+    ),
     "batch": (tiny, lambda: X, {"batch_size": 101}, ValueError, "batch_size between 1 and the 90"),
     "batch 0": (tiny, lambda: X, {"batch_size": 0}, ValueError, "batch_size between 1"),
     "text for weights": (
