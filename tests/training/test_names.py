@@ -408,6 +408,9 @@ IN_ANOTHER_ORDER = {
     "batch": lambda x, y: fit(
         ConditionalInterpolantDistribution(conditional_of_two()), [(x, y)], **QUICK
     ),
+    "weights of a batch": lambda x, y: fit(
+        InterpolantDistribution(interpolant_transform(2, (8,))), [(x, y["a"].abs())], **QUICK
+    ),
     "held out": lambda x, y: fit(
         ConditionalInterpolantDistribution(conditional_of_two()),
         x.to_numpy(),

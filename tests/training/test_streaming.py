@@ -694,6 +694,17 @@ def test_a_stream_may_begin_with_fewer_than_two_rows(size):
 def test_the_batch_size_of_a_stream_is_checked():
     with pytest.raises(ValueError, match="batch_size >= 1, a whole number, got 0"):
         fit(made(), [X], batch_size=0, **QUICK)
+    with pytest.raises(ValueError, match="batch_size >= 1, a whole number, got '64'"):
+        fit(made(), [X], batch_size="64", **QUICK)
+
+
+def test_an_iterable_may_refuse_to_tell_its_length():
+    class Endless(Again):
+        def __len__(self):
+            raise NotImplementedError
+
+    stream = Stream(made(), Endless(lambda _: X.split(20)), 0.1)
+    assert stream.split(Process(), None).rows == len(X)
 
 
 @pytest.mark.slow
