@@ -11,6 +11,7 @@ from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     ConditionalInterpolantTransform,
     InterpolantDistribution,
+    InterpolantTransform,
     Samples,
     conditional_interpolant_transform,
     from_samples,
@@ -29,6 +30,7 @@ from pyro_interpolant.training.repeats import random_order
 from pyro_interpolant.training.rows import Rows, keys_of
 from pyro_interpolant.training.streaming import Stream
 from pyro_interpolant.training.whitening import inliers, set_whitening, whitening_map
+from pyro_interpolant.transforms import DiagonalWhitening
 
 
 def with_values(value, rows):
@@ -247,6 +249,14 @@ def test_constant_columns_are_named():
         whitening_map(x)
     with pytest.raises(ValueError, match=r"constant columns \[0, 1, .*, 19\] and 30 more: drop"):
         whitening_map(torch.ones(60, 50))
+
+
+def test_a_constant_column_has_no_scale_of_its_own_by_its_rounding():
+    x = torch.randn(270, 2)
+    x[:, 1] = 0.3  # the mean of which is another number
+    transform = InterpolantTransform(VelocityMLP(2, (8,)), whitening=DiagonalWhitening(2))
+    with pytest.raises(ValueError, match=r"constant columns \[1\]: drop them"):
+        set_whitening(InterpolantDistribution(transform), Rows(x, None))
 
 
 @pytest.mark.parametrize(
