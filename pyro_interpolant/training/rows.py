@@ -47,12 +47,21 @@ class Rows(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Sequence["Rows"]) -> "Rows":
-        """Return all rows of several batches."""
+        """Return all rows of several batches.
+
+        Raises:
+            ValueError: If some alone are whole levels, which others would turn into plain numbers.
+        """
 
         def joined(name: str) -> Tensor | None:
             found = [getattr(part, name) for part in parts]
             return None if found[0] is None else torch.cat(found)
 
+        if len({part.w.is_floating_point() for part in parts}) > 1:
+            raise ValueError(
+                "expected images of whole levels, uint8, in all batches or in none, got some "
+                "beside others: spread all over their levels, or none"
+            )
         rows = torch.cat([part.w for part in parts])
         return cls(rows, joined("context"), joined("partner"), joined("weight"))
 

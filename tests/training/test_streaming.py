@@ -948,11 +948,14 @@ def test_a_mask_of_rows_is_refused_beside_an_iterable():
         fit(made(), list(rows().split(100)), validation=torch.arange(20) < 5, **QUICK)
 
 
-def test_rows_held_out_on_another_scale_than_the_levels_of_a_stream_are_refused():
+def test_rows_on_another_scale_than_the_levels_of_a_stream_are_refused():
     velocity = ImageVelocity(nn.Flatten(), (1, 2, 2))
     transform = InterpolantTransform(velocity, whitening=ScalarWhitening(4))
     flow = InterpolantDistribution(transform, event_shape=(1, 2, 2))
     levels = torch.randint(0, 256, (60, 1, 2, 2), dtype=torch.uint8)
     stream = Stream(flow, list(levels.split(20)), levels[:10].double())
     with pytest.raises(ValueError, match="expected validation of the type of the data"):
+        stream.split(Process(), None)
+    stream = Stream(flow, [levels[:20], levels[20:] / 256], 0.1)
+    with pytest.raises(ValueError, match="images of whole levels, uint8, in all batches or in no"):
         stream.split(Process(), None)
