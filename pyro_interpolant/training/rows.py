@@ -160,7 +160,8 @@ def checked_weights(
         part: Whether these are the weights of a single batch, which may all be zero.
 
     Raises:
-        ValueError: If they are of another number, negative, not finite or all zero.
+        ValueError: If they are of another number, negative, not finite or all zero, or
+            have no finite sum.
     """
     if weights is None:
         return None
@@ -173,6 +174,11 @@ def checked_weights(
         raise ValueError(
             f"expected {count} non-negative weights, not all zero, got {len(weights)} with a "
             f"minimum of {float(weights.min()):.3g}"
+        )
+    if not bool(weights.double().sum().isfinite()):
+        raise ValueError(
+            f"expected weights with a finite sum, got some up to {float(weights.max()):.3g}: "
+            "divide them by the largest, of logarithms (log_weights - log_weights.max()).exp()"
         )
     return weights
 

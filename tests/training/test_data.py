@@ -642,10 +642,12 @@ def split(rows, count):
 
 
 def test_what_is_held_out_may_be_of_any_real_type_a_list_or_a_mask_of_booleans_alone():
-    assert as_held_out(np.float32(0.25)) == 0.25
+    for share in (np.float32(0.25), np.array(0.25), torch.tensor(0.25)):
+        assert repr(as_held_out(share)) == "0.25"
     for none in (None, 0, 1.0, True, np.float32(1.5)):
         with pytest.raises(ValueError, match=f"between 0 and 1, or rows, got {none}"):
             as_held_out(none)
+    assert mask_of([torch.zeros(3, 2), torch.zeros(5, 2), torch.zeros(3, 2)]) is None
     x, c = torch.randn(50, 2), torch.randn(50, 1)
     flow = ConditionalInterpolantDistribution(conditional_interpolant_transform(2, 1))
     pair = [x[:5], c[:5].numpy()]

@@ -665,6 +665,27 @@ BAD = {
     ),
     "batch": (tiny, lambda: X, {"batch_size": 101}, ValueError, "batch_size between 1 and the 90"),
     "batch 0": (tiny, lambda: X, {"batch_size": 0}, ValueError, "batch_size between 1"),
+    "weights without a sum": (
+        tiny,
+        lambda: X,
+        {"weights": torch.full((100,), 1e307, dtype=torch.float64)},
+        ValueError,
+        r"weights with a finite sum, got some up to 1e\+307",
+    ),
+    "nan held out": (
+        tiny,
+        lambda: X,
+        {"validation": X[:9] * math.nan},
+        ValueError,
+        "expected finite validation, got NaN or infinite values in 9 of 9 rows",
+    ),
+    "batches held out": (
+        tiny,
+        lambda: X,
+        {"validation": [X[:9], X[9:19], X[19:24]]},
+        TypeError,
+        "expected validation to be a tensor or an array, got list",
+    ),
     "text for weights": (
         tiny,
         lambda: X,
