@@ -506,6 +506,12 @@ def test_steps_of_ones_own():
         dequantize(torch.zeros(3, 2), torch.ones(3, 1))
     with pytest.raises(ValueError, match="steps of at least 0, got -1"):
         dequantize(x, -1.0)
+    with pytest.raises(TypeError, match="expected step to be a tensor or an array, got str"):
+        dequantize(x, "1")
+    frame = pd.DataFrame({"a": x[:, 0], "b": x[:, 1]})
+    assert dequantize(frame, pd.Series({"b": 0.0, "a": 1.0})).equals(
+        dequantize(frame, torch.tensor([1.0, 0.0]))
+    )
 
 
 def test_columns_that_are_dependent_but_for_rounding_are_told():
