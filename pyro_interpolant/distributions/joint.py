@@ -435,7 +435,7 @@ def rows_by_name(
     if not found or sites is None:
         return in_order(rows, found, names, name)
     sizes = [shape.numel() for shape, _ in sites.values()]
-    parts = in_order(rows, found, _flat_names(sites), name).split(sizes, 1)
+    parts = in_order(rows, found, site_columns(sites), name).split(sizes, 1)
     return {
         site: part.reshape(len(part), *shape)
         for (site, (shape, _)), part in zip(sites.items(), parts, strict=True)
@@ -445,10 +445,10 @@ def rows_by_name(
 def names_in_frames(distribution: AnyDistribution) -> tuple[str, ...]:
     """Return the names by which columns of a data frame are taken, in their order, or none."""
     sites = distribution.sites
-    return distribution.columns if sites is None else _flat_names(sites)
+    return distribution.columns if sites is None else site_columns(sites)
 
 
-def _flat_names(sites: Sites) -> tuple[str, ...]:
+def site_columns(sites: Sites) -> tuple[str, ...]:
     """Return the names of the numbers of all sites, in the order of packing."""
     return flat_names({site: shape.numel() for site, (shape, _) in sites.items()})
 

@@ -362,6 +362,24 @@ def checked_context(
     return checked_labels(found, classes, dtype)
 
 
+def in_type_of(context: Tensor, like: Tensor) -> Tensor:
+    """Return contexts, shape ``(N, C)``, in the type and on the device of a tensor of any shape.
+
+    Raises:
+        ValueError: If the type has no number for one.
+    """
+    found = context.to(like)
+    bad = ~found.isfinite().all(-1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"expected context within the range of the flow's type {like.dtype}, up to "
+            f"{torch.finfo(like.dtype).max:.1e}, got values outside it in "
+            f"{counted(bad, f'of {len(bad)} rows')}: choose other units, or give rows and flow in "
+            "float64"
+        )
+    return found
+
+
 def contexts_of_rows(
     context: ArrayLike, flow: Flow, names: Sequence[str], count: int, rows: str = "rows"
 ) -> Tensor:
@@ -377,13 +395,13 @@ def contexts_of_rows(
     Raises:
         TypeError: As :func:`checked_context`.
         ValueError: As :func:`checked_context`, or if there are more or fewer, or the columns of a
-            data frame have other names.
+            data frame have other names, or the type of the flow has no number for one.
     """
     context = columns_in_order(context, names, "context")
     found = checked_context(context, flow.context_dim, flow.classes, flow.loc.dtype)
     if len(found) != count:
         raise ValueError(f"expected as many contexts as {rows}, {count}, got {len(found)}")
-    return found.to(flow.loc)
+    return in_type_of(found, flow.loc)
 
 
 def shares_of(x: Tensor, weights: Tensor | None) -> Tensor:

@@ -197,7 +197,8 @@ def _with_weight(
     validation, own = options["validation"], {k: options.get(k) for k in ("pairs", "weights")}
     mask = mask_of(validation)
     check_same_order(x=x, context=context, **own, validation=None if mask is None else validation)
-    pairs = Names(columns).at_base(own["pairs"], "pairs")
+    pairs = own["pairs"]  # of named draws they go by the names of sites, once there are any
+    pairs = pairs if isinstance(x, Mapping) else Names(columns).at_base(pairs, "pairs")
     found = drop_zero_weights(own["weights"], x, pairs, context, mask)
     rows, pairs, context, mask, weights = found
     validation = validation if mask is None else mask

@@ -211,8 +211,10 @@ def to_json(value: object, tensors: dict[str, Tensor], name: str) -> Json:
     if getattr(value, "ndim", None) == 0:
         return plain_number(value)
     if isinstance(value, Mapping):
-        items = enumerate(value.items())
-        parts: list[Json] = [[k, to_json(v, tensors, f"{name}.{i}")] for i, (k, v) in items]
+        parts: list[Json] = [
+            [to_json(k, tensors, f"{name}.{i}.key"), to_json(v, tensors, f"{name}.{i}")]
+            for i, (k, v) in enumerate(value.items())
+        ]
         return {"dict": parts}
     if isinstance(value, (list, tuple)):
         kind = "tuple" if isinstance(value, tuple) else "list"
@@ -233,7 +235,7 @@ def from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "tensor":
         return tensors[inner]
     if kind == "dict":
-        return {k: from_json(v, tensors) for k, v in inner}
+        return {from_json(k, tensors): from_json(v, tensors) for k, v in inner}
     parts = [from_json(v, tensors) for v in inner]
     return tuple(parts) if kind == "tuple" else parts
 

@@ -293,7 +293,10 @@ class TableBatches:
 
 
 def rows_of(
-    distribution: AnyDistribution, data: RowsLike, context: ArrayLike | None = None
+    distribution: AnyDistribution,
+    data: RowsLike,
+    context: ArrayLike | None = None,
+    name: str = "data",
 ) -> Rows:
     """Return checked data in the flow's coordinates, shape ``(N, D)``, and their contexts.
 
@@ -304,6 +307,7 @@ def rows_of(
         data: Rows, shape ``(N, *event_shape)``, or named draws. Images of whole levels, ``uint8``,
             are returned as such.
         context: Contexts, shape ``(N, C)``, for a conditional flow.
+        name: What to call the data in messages.
 
     Raises:
         TypeError: If something is of a wrong type.
@@ -330,7 +334,7 @@ def rows_of(
     if are_levels(given, shape):
         rows = checked_levels(given, shape, distribution.constraint)
     else:
-        rows = distribution.to_flow(checked_rows(given, "data", shape))
+        rows = distribution.to_flow(checked_rows(given, name, shape))
     count = len(rows)
     if not isinstance(distribution, ConditionalInterpolantDistribution):
         if context is not None:
@@ -342,7 +346,7 @@ def rows_of(
         raise ValueError(
             f"expected a context of shape ({count}, C) for a conditional flow, got none"
         )
-    return Rows(rows, contexts_of_rows(context, flow, (), count, "rows of data"))
+    return Rows(rows, contexts_of_rows(context, flow, (), count, f"rows of {name}"))
 
 
 def rows_held(share: float, count: int) -> int:
@@ -372,6 +376,8 @@ def as_held_out(validation: Any) -> HeldOut:
         ValueError: If nothing is held out, a share is not between 0 and 1, or a tuple is none of
             rows and contexts.
     """
+    if getattr(validation, "ndim", None) == 0:  # of torch or numpy
+        validation = validation.item()
     is_share = isinstance(validation, numbers.Real)
     good = validation is not None and (not is_share or 0 < validation < 1)
     check_ranges(("validation between 0 and 1, or rows", good, validation))
@@ -407,7 +413,10 @@ def mask_of(validation: HeldOut) -> Tensor | None:
     elif isinstance(validation, Tensor):
         found = validation
     else:
-        values = np.asarray(validation)  # of a list, or a column of a frame, too
+        try:
+            values = np.asarray(validation)  # of a list, or a column of a frame, too
+        except ValueError:  # of parts of several sizes: what they are is said later
+            return None
         if values.dtype.kind not in "biu":
             return None
         found = as_tensor(values)
@@ -455,7 +464,9 @@ def held_out_rows(
         beside: The same in the order in which the data are given, which those without have.
     """
     given: Any = validation if isinstance(validation, tuple) else (validation,)
-    return rows_of(distribution, *names.ordered(*given, name="validation", beside=beside))
+    name = "validation"
+    rows, context = names.ordered(*given, name=name, beside=beside)
+    return rows_of(distribution, rows, context, name)
 
 
 def _with_given(rows: Rows, held: Rows) -> Rows:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from numpy.typing import ArrayLike
 
+from .._package import check_ranges, flag, whole
 from .._torch import seeded, warn_user, with_gradients
 from ..diagnostics.calibration import calibrate_sampler_until, calibrate_until
 from ..diffusion.guidance import Guided
@@ -300,6 +301,8 @@ def check_options(options: Mapping[str, Any], own: Collection[str] = (), why: st
     Clock(given["max_seconds"])
     Schedule(**{field.name: given[field.name] for field in dataclasses.fields(Schedule)})
     check_choices(*(given[name] for name in signature(check_choices).parameters))
+    size = whole("batch_size", given["batch_size"], 1, or_none=True)
+    check_ranges(size, flag("flip", given["flip"]))
     as_held_out(given["validation"])
     place = None if Process(given["fabric"]).rank else given["checkpoint"]
     check_place(place, given["checkpoint_every"])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..distributions.constraints import Sites
 from ..distributions.interpolant import AnyDistribution
-from ..distributions.joint import rows_by_name
+from ..distributions.joint import rows_by_name, site_columns
 from ..distributions.rows import RowsLike, check_same_order, columns_in_order, in_order, names_of
 
 
@@ -106,8 +106,9 @@ class Names(NamedTuple):
         """Return rows at the base, or None, with their columns in this order.
 
         Args:
-            rows: Rows, shape ``(M, D)``, or None. Where the data have more columns than D, as in a
-                simplex, they go by position.
+            rows: Rows, shape ``(M, D)``, or None. The columns of a frame have the names of the
+                data, or those of the sites. Where these are more than D, as in a simplex, they go
+                by position.
             name: What to call them in messages.
             given: The names of the columns of the data as they are given, in whose order rows
                 without names are.
@@ -119,7 +120,8 @@ class Names(NamedTuple):
         if rows is None:
             return None
         own = names_of(rows)
-        found = columns_in_order(rows, self.rows if len(own) == len(self.rows) else (), name)
+        known = self.rows if self.sites is None else site_columns(self.sites)
+        found = columns_in_order(rows, known if len(own) == len(known) else (), name)
         return found if own else _as_given(found, given, self.rows, name)
 
 

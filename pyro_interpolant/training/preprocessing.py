@@ -17,7 +17,13 @@ from torch import Tensor
 from .._files import checksum
 from ..distributions.constraints import Constraint
 from ..distributions.rounding import ATOMS, REPEATED_SHARE, atoms_in
-from ..distributions.rows import as_tensor, checked_rows, names_of, weighted_indices
+from ..distributions.rows import (
+    as_tensor,
+    checked_rows,
+    columns_in_order,
+    names_of,
+    weighted_indices,
+)
 from ..solvers.parallel import side_by_side, threads_at_once
 from ..transforms.gaussianize import (
     Gaussianized,
@@ -54,7 +60,7 @@ _LENGTH_SHARE = 0.5  # of the way to the lengths of normal rows
 _MIN_LENGTH_SPREAD = 1e-3  # of the logarithms of lengths: else all rows lie on one ellipsoid
 
 
-def dequantize(x: ArrayLike, step: Tensor | float | None = None, *, seed: int = 0) -> Any:
+def dequantize(x: ArrayLike, step: ArrayLike | None = None, *, seed: int = 0) -> Any:
     """Spread rounded or discrete values uniformly over their rounding step.
 
     Densities learned from the result are those of the values per step: the probability of a value
@@ -63,9 +69,10 @@ def dequantize(x: ArrayLike, step: Tensor | float | None = None, *, seed: int = 
     Args:
         x: Rows of numbers of any type, shape ``(N, *event_shape)``, or a data frame of them.
         step: The rounding step, one or per column, shape ``event_shape``; 0 leaves a column alone.
-            By default the smallest difference between values of the column, where a tenth repeat
-            others, or of whole numbers any; of a constant column the smallest of these steps, or 1
-            where there are none.
+            A series beside a data frame is taken by the names of its columns. By default the
+            smallest difference between values of the column, where a tenth repeat others, or of
+            whole numbers any; of a constant column the smallest of these steps, or 1 where there
+            are none.
         seed: Of the noise, which depends on x too.
 
     Returns:
@@ -73,6 +80,7 @@ def dequantize(x: ArrayLike, step: Tensor | float | None = None, *, seed: int = 
         in float64 where a shorter type could not hold it. Of a frame of pandas, one.
 
     Raises:
+        TypeError: If x or steps are no numbers.
         ValueError: If a step is negative, not finite or of another shape, x has no rows of
             values, or, without a step, a column repeats single values beside others that do not
             repeat, which is no rounding.
@@ -99,7 +107,7 @@ def dequantize(x: ArrayLike, step: Tensor | float | None = None, *, seed: int = 
         real, constant = found[found > 0], (columns == columns[:, :1]).all(1)
         least = real.min() if len(real) else found.new_ones(())
         step = torch.where(constant, least, found).reshape(x.shape[1:])
-    step = torch.as_tensor(step, dtype=x.dtype, device=x.device)
+    step = columns_in_order(step, names_of(frame), "step").to(x)
     if not bool(((step >= 0) & step.isfinite()).all()):
         raise ValueError(f"expected finite steps of at least 0, got {step.tolist()}")
     sizes = zip(reversed(step.shape), reversed(x.shape[1:]), strict=False)

@@ -47,12 +47,21 @@ class Rows(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Sequence["Rows"]) -> "Rows":
-        """Return all rows of several batches."""
+        """Return all rows of several batches.
+
+        Raises:
+            ValueError: If some alone are whole levels, which others would turn into plain numbers.
+        """
 
         def joined(name: str) -> Tensor | None:
             found = [getattr(part, name) for part in parts]
             return None if found[0] is None else torch.cat(found)
 
+        if len({part.w.is_floating_point() for part in parts}) > 1:
+            raise ValueError(
+                "expected images of whole levels, uint8, in all batches or in none, got some "
+                "beside others: spread all over their levels, or none"
+            )
         rows = torch.cat([part.w for part in parts])
         return cls(rows, joined("context"), joined("partner"), joined("weight"))
 
@@ -151,7 +160,8 @@ def checked_weights(
         part: Whether these are the weights of a single batch, which may all be zero.
 
     Raises:
-        ValueError: If they are of another number, negative, not finite or all zero.
+        ValueError: If they are of another number, negative, not finite or all zero, or
+            have no finite sum.
     """
     if weights is None:
         return None
@@ -164,6 +174,11 @@ def checked_weights(
         raise ValueError(
             f"expected {count} non-negative weights, not all zero, got {len(weights)} with a "
             f"minimum of {float(weights.min()):.3g}"
+        )
+    if not bool(weights.double().sum().isfinite()):
+        raise ValueError(
+            f"expected weights with a finite sum, got some up to {float(weights.max()):.3g}: "
+            "divide them by the largest, of logarithms (log_weights - log_weights.max()).exp()"
         )
     return weights
 

@@ -12,22 +12,15 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from .._files import checksum
-from .._package import check_ranges
+from .._package import check_ranges, whole
 from .._torch import rng_state, set_rng_state
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
 from ..distributions.rounding import warn_if_rounded
-from ..distributions.rows import as_tensor, names_of
+from ..distributions.rows import as_tensor, check_same_order, names_of
 from ..transforms.whitening import DenseWhitening
 from .checkpoint import Checkpoint, from_json, to_json
 from .clock import Clock
-from .data import (
-    HeldOut,
-    Split,
-    check_same_scale,
-    held_out_rows,
-    mask_of,
-    rows_of,
-)
+from .data import HeldOut, Split, check_same_scale, held_out_rows, mask_of, rows_of
 from .distributed import Process
 from .image_rows import are_levels, flips, is_image, most_held
 from .names import Names
@@ -165,7 +158,10 @@ class Stream:
             got = "some after others without" if is_weighted else "none after others with them"
             raise ValueError(f"expected weights in all batches or in none, got {got}: pass ones")
         self.weighted = is_weighted
-        weights = _part_of_weights(parts[self.parts]) if is_weighted else None
+        weights = None
+        if is_weighted:
+            check_same_order(data=parts[0], weights=parts[self.parts])
+            weights = _part_of_weights(parts[self.parts])
         if all(map(_is_empty, parts)):
             return self._no_rows(parts[0])
         self._name(*parts[: self.parts])
@@ -224,8 +220,7 @@ class Stream:
         Warns:
             UserWarning: If the state may be of a run on other rows.
         """
-        good = batch_size is None or batch_size >= 1 and batch_size % 1 == 0
-        check_ranges(("batch_size >= 1, a whole number", good, batch_size))
+        check_ranges(whole("batch_size", batch_size, 1, or_none=True))
         before = surveyed(state, process.rank)
         own = self._survey(clock or Clock(None), before, progress=progress)
         survey, rows = put_together(own, process)
@@ -257,7 +252,9 @@ class Stream:
         """Go through the stream as far as wanted."""
         by_matrix = isinstance(self.distribution.transform.flow.whitening, DenseWhitening)
         known, survey = _length(self.iterable), Survey(self.most_held, by_matrix=by_matrix)
-        bar = tqdm(self.iterable, "first pass", known, leave=False, disable=not progress)
+        # Without a total it asks for the length itself, in fewer ways.
+        total = math.inf if known is None else known
+        bar = tqdm(self.iterable, "first pass", total, leave=False, disable=not progress)
         with contextlib.closing(bar):
             for batch in bar:
                 survey.add(self.rows(batch, survey.batches))

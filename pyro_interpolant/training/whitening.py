@@ -18,7 +18,7 @@ from ..distributions.interpolant import AnyDistribution
 from ..distributions.rows import shares_of, subsample
 from ..interpolants.nonlinear import Geodesic
 from ..nn.velocity import explained, set_scales
-from ..transforms.whitening import DenseWhitening, Whitening
+from ..transforms.whitening import DenseWhitening, ScalarWhitening, Whitening
 from .image_rows import IMAGE_DEVIATION, is_image
 from .rows import Rows
 
@@ -101,6 +101,8 @@ def _set_map(
             _align(found, rows.w, rows.partner)
         whitening.set(found.loc, found.linear, found.inverse)
     else:
+        if not isinstance(whitening, ScalarWhitening):  # of all columns together some may not vary
+            _check_varying(rows.w)
         loc, variance = _column_moments(rows.w, rows.weight)
         whitening.set_diagonal(loc, variance.sqrt())
         whitening.set(whitening.loc, whitening.linear / deviation)  # of all columns together
@@ -219,12 +221,7 @@ def whitening_map(
             "without group_by_chain"
         )
     eps, x = max(torch.finfo(kind).eps for kind in (x.dtype, dtype or x.dtype)), x.double()
-    constant = (x == x[0]).all(dim=0)
-    if bool(constant.any()):
-        raise ValueError(
-            f"expected columns that vary, got constant columns {_listed(constant)}: drop them, "
-            "they have no density, or spread counts by dequantize(x)"
-        )
+    _check_varying(x)
     loc, scale, eigenvalues, vectors = _robust_axes(x, weights)
     if float(eigenvalues[0]) < _MIN_EIGENVALUE:
         shares = ", or, of shares of a whole, pass support=constraints.simplex (rows of sum 1)"
@@ -243,6 +240,16 @@ def whitening_map(
     found = DenseWhitening(dim).to(loc)
     found.set(loc, linear, (turn / roots) @ vectors.T / scale)
     return found
+
+
+def _check_varying(x: Tensor) -> None:
+    """Raise a ValueError where columns of rows, ``(N, D)``, are constant."""
+    constant = (x == x[0]).all(dim=0)
+    if bool(constant.any()):
+        raise ValueError(
+            f"expected columns that vary, got constant columns {_listed(constant)}: drop them, "
+            "they have no density, or spread counts by dequantize(x)"
+        )
 
 
 def _columns_along(direction: Tensor) -> str:

@@ -463,6 +463,8 @@ def test_rows_held_out_do_not_set_the_map(given, monkeypatch):
     ("options", "kind", "message"),
     [
         ({"steps": -1}, ValueError, "steps >= 1, a whole number, got -1"),
+        ({"batch_size": 0}, ValueError, "batch_size >= 1, a whole number, got 0"),
+        ({"flip": "off"}, ValueError, "flip to be True or False, got 'off'"),
         ({"checkpoint": "/nowhere/at/all"}, ValueError, "in a folder that is there"),
         ({"checkpoint": os.devnull}, ValueError, "expected a checkpoint, a file .* got /dev/null"),
         ({"stepz": 3}, TypeError, "expected options of fit, got stepz"),

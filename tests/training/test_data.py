@@ -11,6 +11,7 @@ from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     ConditionalInterpolantTransform,
     InterpolantDistribution,
+    InterpolantTransform,
     Samples,
     conditional_interpolant_transform,
     from_samples,
@@ -29,6 +30,7 @@ from pyro_interpolant.training.repeats import random_order
 from pyro_interpolant.training.rows import Rows, keys_of
 from pyro_interpolant.training.streaming import Stream
 from pyro_interpolant.training.whitening import inliers, set_whitening, whitening_map
+from pyro_interpolant.transforms import DiagonalWhitening
 
 
 def with_values(value, rows):
@@ -247,6 +249,14 @@ def test_constant_columns_are_named():
         whitening_map(x)
     with pytest.raises(ValueError, match=r"constant columns \[0, 1, .*, 19\] and 30 more: drop"):
         whitening_map(torch.ones(60, 50))
+
+
+def test_a_constant_column_has_no_scale_of_its_own_by_its_rounding():
+    x = torch.randn(270, 2)
+    x[:, 1] = 0.3  # the mean of which is another number
+    transform = InterpolantTransform(VelocityMLP(2, (8,)), whitening=DiagonalWhitening(2))
+    with pytest.raises(ValueError, match=r"constant columns \[1\]: drop them"):
+        set_whitening(InterpolantDistribution(transform), Rows(x, None))
 
 
 @pytest.mark.parametrize(
@@ -496,6 +506,12 @@ def test_steps_of_ones_own():
         dequantize(torch.zeros(3, 2), torch.ones(3, 1))
     with pytest.raises(ValueError, match="steps of at least 0, got -1"):
         dequantize(x, -1.0)
+    with pytest.raises(TypeError, match="expected step to be a tensor or an array, got str"):
+        dequantize(x, "1")
+    frame = pd.DataFrame({"a": x[:, 0], "b": x[:, 1]})
+    assert dequantize(frame, pd.Series({"b": 0.0, "a": 1.0})).equals(
+        dequantize(frame, torch.tensor([1.0, 0.0]))
+    )
 
 
 def test_columns_that_are_dependent_but_for_rounding_are_told():
@@ -632,10 +648,12 @@ def split(rows, count):
 
 
 def test_what_is_held_out_may_be_of_any_real_type_a_list_or_a_mask_of_booleans_alone():
-    assert as_held_out(np.float32(0.25)) == 0.25
+    for share in (np.float32(0.25), np.array(0.25), torch.tensor(0.25)):
+        assert repr(as_held_out(share)) == "0.25"
     for none in (None, 0, 1.0, True, np.float32(1.5)):
         with pytest.raises(ValueError, match=f"between 0 and 1, or rows, got {none}"):
             as_held_out(none)
+    assert mask_of([torch.zeros(3, 2), torch.zeros(5, 2), torch.zeros(3, 2)]) is None
     x, c = torch.randn(50, 2), torch.randn(50, 1)
     flow = ConditionalInterpolantDistribution(conditional_interpolant_transform(2, 1))
     pair = [x[:5], c[:5].numpy()]

@@ -213,6 +213,23 @@ def test_frames_at_the_base_go_by_the_names_of_the_data(monkeypatch):
     assert torch.equal(of_a_simplex, rows.flip(1))
 
 
+def test_frames_at_the_base_go_by_the_names_of_sites(monkeypatch):
+    joint, draws, columns = joint_and_draws()
+    rows = torch.randn(50, 4)
+    frame = frame_of(**dict(zip(("mu", "w[0]", "w[1]", "sigma"), rows.T, strict=True)))
+    swapped = frame[list(columns)]
+    assert torch.equal(Table(joint, draws, None, pairs=swapped).rows.partner, rows)
+    assert torch.equal(Table(joint, draws, None, pairs=rows).rows.partner, rows)
+    given = {}
+    told = functools.wraps(fit)(lambda d, *_, **options: given.update(options, d=d))
+    monkeypatch.setattr(building, "fit", told)
+    from_samples(draws, pairs=swapped)
+    found = Table(given["d"], draws, None, pairs=given["pairs"])
+    assert torch.equal(found.rows.partner, rows)
+    with pytest.raises(ValueError, match=r"expected pairs with the columns \['mu', 'w\[0\]'"):
+        Table(joint, draws, None, pairs=swapped.rename(columns={"mu": "z"}))
+
+
 @pytest.mark.slow
 def test_frames_of_an_iterable_go_by_the_names_of_the_first():
     frame, swapped = two_columns()
@@ -390,6 +407,9 @@ IN_ANOTHER_ORDER = {
     ),
     "batch": lambda x, y: fit(
         ConditionalInterpolantDistribution(conditional_of_two()), [(x, y)], **QUICK
+    ),
+    "weights of a batch": lambda x, y: fit(
+        InterpolantDistribution(interpolant_transform(2, (8,))), [(x, y["a"].abs())], **QUICK
     ),
     "held out": lambda x, y: fit(
         ConditionalInterpolantDistribution(conditional_of_two()),

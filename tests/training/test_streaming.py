@@ -1,6 +1,7 @@
 """Iterables of batches in place of a table: checks, a first pass, held-out rows, resuming."""
 
 import itertools
+import json
 import math
 import warnings
 from collections import Counter
@@ -694,6 +695,17 @@ def test_a_stream_may_begin_with_fewer_than_two_rows(size):
 def test_the_batch_size_of_a_stream_is_checked():
     with pytest.raises(ValueError, match="batch_size >= 1, a whole number, got 0"):
         fit(made(), [X], batch_size=0, **QUICK)
+    with pytest.raises(ValueError, match="batch_size >= 1, a whole number, got '64'"):
+        fit(made(), [X], batch_size="64", **QUICK)
+
+
+def test_an_iterable_may_refuse_to_tell_its_length():
+    class Endless(Again):
+        def __len__(self):
+            raise NotImplementedError
+
+    stream = Stream(made(), Endless(lambda _: X.split(20)), 0.1)
+    assert stream.split(Process(), None).rows == len(X)
 
 
 @pytest.mark.slow
@@ -864,9 +876,9 @@ def test_the_state_of_a_sampler_is_found():
 
 
 def test_states_are_packed_without_pickling():
-    state = {"a": [1, (2.5, None)], 3: {"b": torch.arange(4), "c": "text", "d": True}}
+    state = {"a": [1, (2.5, None)], 3: {"b": torch.arange(4), "c": "text", "d": True}, (0, 1): 2}
     tensors = {}
-    packed = to_json(state, tensors, "x")
+    packed = json.loads(json.dumps(to_json(state, tensors, "x")))
     found = from_json(packed, tensors)
     assert torch.equal(found[3].pop("b"), state[3].pop("b"))
     assert found == state
@@ -937,11 +949,14 @@ def test_a_mask_of_rows_is_refused_beside_an_iterable():
         fit(made(), list(rows().split(100)), validation=torch.arange(20) < 5, **QUICK)
 
 
-def test_rows_held_out_on_another_scale_than_the_levels_of_a_stream_are_refused():
+def test_rows_on_another_scale_than_the_levels_of_a_stream_are_refused():
     velocity = ImageVelocity(nn.Flatten(), (1, 2, 2))
     transform = InterpolantTransform(velocity, whitening=ScalarWhitening(4))
     flow = InterpolantDistribution(transform, event_shape=(1, 2, 2))
     levels = torch.randint(0, 256, (60, 1, 2, 2), dtype=torch.uint8)
     stream = Stream(flow, list(levels.split(20)), levels[:10].double())
     with pytest.raises(ValueError, match="expected validation of the type of the data"):
+        stream.split(Process(), None)
+    stream = Stream(flow, [levels[:20], levels[20:] / 256], 0.1)
+    with pytest.raises(ValueError, match="images of whole levels, uint8, in all batches or in no"):
         stream.split(Process(), None)
