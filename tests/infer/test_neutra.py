@@ -99,6 +99,21 @@ def test_what_validation_refuses_has_no_density(likelihood):
             assert (z == 0) == (abs(a - 0.5) < 0.5)  # both cases come
 
 
+def test_a_run_that_failed_does_not_hide_which_data_latents_move():
+    def residuals(y):
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Exponential(2.0), obs=y - shift)
+
+    guide = AutoInterpolant(residuals, hidden_dims=(4,))
+    guide(torch.tensor(1.0))
+    base = neutra(guide)
+    with pytest.raises(TypeError):
+        base()
+    far = poutine.condition(base, {"shift_shared_latent": torch.tensor([30.0])})
+    with pyro.validation_enabled(is_validate=False):
+        assert poutine.trace(far).get_trace(torch.tensor(1.0)).log_prob_sum() == -torch.inf
+
+
 def test_draws_come_back_in_the_models_sites():
     guide = small()
     base = neutra(guide)
