@@ -146,7 +146,8 @@ def _pulled_back(
     has_own = type(fn).log_prob is not TransformedDistribution.log_prob
     ends = [fn.support] if has_own else [transform.codomain for transform in fn.transforms[::-1]]
     images = [_of_numbers(end) if i or moved else None for i, end in enumerate(ends)]
-    is_open, found, events = has_own or _leaf_support(fn) is None, True, len(fn.event_shape)
+    is_open, events = has_own or _leaf_support(fn) is None, len(fn.event_shape)
+    found: Tensor | bool = True
     for i, image in enumerate(images):
         if value is None or (is_open and not any(images[i:])):
             return found, None

@@ -708,9 +708,19 @@ def test_a_mixture_whose_components_have_other_bounds_is_refused(ends):
         log_joint(of_a_mixture(components))
 
 
-def test_an_angle_whose_density_repeats_is_refused():
+@pytest.mark.parametrize(
+    "fn",
+    [
+        dist.VonMises(torch.zeros(2), 1.0).to_event(1),
+        dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(2, 3)), dist.VonMises(torch.zeros(2, 3), 1.0)
+        ).to_event(1),
+    ],
+    ids=["one", "of a mixture"],
+)
+def test_an_angle_whose_density_repeats_is_refused(fn):
     def model():
-        a = pyro.sample("a", dist.VonMises(torch.zeros(2), 1.0).to_event(1))
+        a = pyro.sample("a", fn)
         pyro.sample("y", dist.VonMises(a.sum(-1), 20.0), obs=torch.tensor(3.0))
 
     with pytest.raises(ValueError, match="repeats with each turn"):
@@ -806,6 +816,23 @@ def test_a_discrete_site_is_refused(fn):
 
     with pytest.raises(ValueError, match="got the discrete site 'k': marginalise it"):
         log_joint(model)
+
+
+class WithoutSupport(Own):
+    def sample(self, sample_shape=()):
+        return self.loc.expand(torch.Size(sample_shape) + self.loc.shape).clone()
+
+
+class OnSomething(WithoutSupport):
+    support = constraints.dependent
+
+
+@pytest.mark.parametrize("kind", [WithoutSupport, OnSomething])
+@pytest.mark.filterwarnings("ignore:.* does not define `support`")
+def test_a_latent_site_that_states_no_support_is_refused_by_its_name(kind):
+    for ask in (log_joint, lambda model: AutoInterpolant(model)()):
+        with pytest.raises(ValueError, match="bijection from real vectors .* got site 'x' on "):
+            ask(lambda: pyro.sample("x", kind(torch.zeros(()))))
 
 
 @pytest.mark.parametrize("shape", [(), (2,)])
