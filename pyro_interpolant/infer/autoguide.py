@@ -32,7 +32,7 @@ from ..training.clock import Clock
 from ..training.fitting import FitResult, fit
 from ..training.whitening import whitening_map
 from ..transforms.interpolant import InterpolantTransform
-from .amortization import AmortizedResult
+from .amortization import AmortizedResult, check_settings
 from .importance_sampling import (
     GuideResult,
     are_raw_draws_good,
@@ -342,6 +342,7 @@ class AutoInterpolant(AutoContinuous):
                 training = train_from_density(posterior, density, **within(MODEL_SHARE))
             density.check(training.particles)
         else:
+            check_settings(settings)
             rows = rows.to(self.transform.flow.loc)
             with trainable(self.transform):
                 training = fit(posterior, rows, **within(_SAMPLES_SHARE))
