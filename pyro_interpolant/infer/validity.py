@@ -204,7 +204,8 @@ def _on_support(fn: Distribution, value: Tensor | None, *, moved: bool) -> Tenso
         return True
     if isinstance(fn, MixtureSameFamily):
         return _in_a_component(fn, value, moved=moved)
-    if not moved and not constraints.is_dependent(type(fn).support):
+    own = inspect.getattr_static(type(fn), "support", None)
+    if not (moved or isinstance(own, property) or constraints.is_dependent(own)):
         return True
     inside = torch.as_tensor(support.check(value), device=value.device)  # a user's may be a bool
     return inside.flatten(-events).all(-1) if events else inside
