@@ -25,7 +25,7 @@ from ..distributions.rounding import are_close
 from ..distributions.rows import flat_names
 from ..nn.embedded import EmbeddedVelocity
 from ..training.clock import Clock
-from ..training.fitting import FitResult
+from ..training.fitting import FitResult, check_options
 from ..training.whitening import warn_if_coarse
 from ..transforms.interpolant import ConditionalInterpolantTransform
 from .data import is_hidden
@@ -57,6 +57,17 @@ _FEWEST_STEPS, _PATIENCE = 2000, 100
 
 Pack = Callable[[Simulations], tuple[Tensor, Tensor]]
 Region = tuple[InterpolantDistribution, float]  # where a density is above an edge
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise an error unless settings of a guide's training are some of ``fit``, before any work.
+
+    Raises:
+        TypeError: If there is none of a name.
+        ValueError: If a setting cannot work, or the guide sets it itself.
+    """
+    own = ("base_samples", "context")
+    check_options(settings, own, "a guide starts from N(0, I), and has its data from the model")
 
 
 def pace(velocity: nn.Module, rows: object, clock: Clock, share: float) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from .amortization import (
     are_enough,
     calibration_of,
     check_posterior,
+    check_settings,
     is_inside,
     measured_on_simulations,
     pace,
@@ -362,6 +363,7 @@ class AmortizedInterpolant(AutoInterpolant):
                 "of simulations made elsewhere, from_samples(latents, context=data, ...) learns "
                 "what guide.posterior holds"
             )
+        check_settings(settings)
         count: Any = _SIMULATIONS if simulations is None else simulations
         check_ranges(whole("rounds", rounds, 1))
         rounds, seed = int(rounds), settings["seed"]

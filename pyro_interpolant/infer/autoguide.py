@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
-from pyro.infer.autoguide.initialization import init_to_median
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
 from torch.distributions import Transform
 
@@ -32,7 +32,7 @@ from ..training.clock import Clock
 from ..training.fitting import FitResult, fit
 from ..training.whitening import whitening_map
 from ..transforms.interpolant import InterpolantTransform
-from .amortization import AmortizedResult
+from .amortization import AmortizedResult, check_settings
 from .importance_sampling import (
     GuideResult,
     are_raw_draws_good,
@@ -50,6 +50,7 @@ from .sites import (
     LatentSites,
     Model,
     forget_data,
+    one_posterior,
     quantiles_of,
     spread_of,
     unsupported_sites_named,
@@ -119,7 +120,8 @@ class AutoInterpolant(AutoContinuous):
         is_from_noise = interpolant is None or not interpolant.starts_from_data()
         path = "a path from noise, which has a density", is_from_noise, type(interpolant).__name__
         check_ranges(number("init_scale > 0", init_scale, lambda n: n > 0), path)
-        super().__init__(model, init_loc_fn=self._initializer(init_loc_fn))
+        self.__dict__["_start"] = start = self._initializer(init_loc_fn)
+        super().__init__(model, init_loc_fn=start)
         self._hidden_dims, self._init_scale = hidden_dims, init_scale
         solver = FixedGrid(steps=12) if solver is None else solver
         self._transform_of = functools.partial(
@@ -289,7 +291,7 @@ class AutoInterpolant(AutoContinuous):
         ours, theirs = (LatentSites(g, *args, **kwargs).shapes for g in (self, other))
         if list(ours.items()) != list(theirs.items()):
             raise ValueError(f"expected a guide of the sites {ours}, got one of {theirs}")
-        z = other.get_posterior(*args, **kwargs).sample((SPREAD_DRAWS,))
+        z = one_posterior(other, *args, **kwargs).sample((SPREAD_DRAWS,))
         found = whitening_map(z)
         self.transform.flow.whitening.set(found.loc, found.linear)
         return self
@@ -340,6 +342,7 @@ class AutoInterpolant(AutoContinuous):
                 training = train_from_density(posterior, density, **within(MODEL_SHARE))
             density.check(training.particles)
         else:
+            check_settings(settings)
             rows = rows.to(self.transform.flow.loc)
             with trainable(self.transform):
                 training = fit(posterior, rows, **within(_SAMPLES_SHARE))
@@ -377,13 +380,15 @@ class AutoInterpolant(AutoContinuous):
         Returns:
             The guide itself.
         """
-        self._model = (model,)
+        is_known = self.prototype_trace is not None
+        self._model = (model if is_known else InitMessenger(self._start)(model),)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for pickles: without the model, and leaving this guide as it is."""
         state = super(AutoGuide, self).__getstate__()  # AutoGuide's own takes them from this one
-        return {**state, "_model": None, "master": None}
+        start = self._start if self.prototype_trace is None else None  # may be a lambda
+        return {**state, "_model": None, "master": None, "_start": start}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AutoInterpolant":
         """Return a guide of the same model with weights of its own."""

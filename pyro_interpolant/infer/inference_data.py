@@ -11,7 +11,7 @@ from .._torch import seeded
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
 from ..distributions.rows import as_tensor
-from .importance_sampling import ImportanceResult, warn_poor
+from .importance_sampling import ImportanceResult, check_is_density, warn_poor
 from .sites import LatentSites, one_posterior
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def to_arviz(
     Raises:
         ImportError: If ArviZ, before its version 1, is not installed.
         TypeError: If the source is none of these, or a conditional flow without its context.
-        ValueError: If ``count`` is below 1, a flow has a batch, the arguments hold several data
-            sets, or no weight is positive.
+        ValueError: If ``count`` is below 1, a flow has a batch, a guide has no density, the
+            arguments hold several data sets, or no weight is positive.
 
     Example:
         >>> from pyro_interpolant import JointInterpolantDistribution
@@ -119,6 +119,7 @@ def _guide_draws(
     guide: AutoContinuous, count: int, *args: object, **kwargs: object
 ) -> dict[str, Tensor]:
     """Return draws of a guide, shape ``(N, *site_shape)`` each, by name of the latent site."""
+    check_is_density(guide)  # a point has one draw
     sites = LatentSites(guide, *args, **kwargs)
     warn_poor(guide)
     posterior = one_posterior(guide, *args, **kwargs)

@@ -1,5 +1,6 @@
 """Where latent sites start in the first run of a model, and which no guide here can hold."""
 
+import contextlib
 from collections.abc import Callable
 
 import pyro.distributions as dist
@@ -10,6 +11,8 @@ from pyro.infer.autoguide.initialization import init_to_median
 from pyro.poutine.runtime import Message
 from torch import Tensor
 
+from .._torch import seeded
+from ..distributions.constraints import is_discrete
 from ..distributions.rows import as_tensor
 from .sites import Site, bijection_of
 from .validity import innermost_distribution
@@ -62,6 +65,8 @@ def whole_value(site: Site, value: ArrayLike) -> Tensor:
         ValueError: If it does not.
     """
     shape, found = site["fn"].shape(), as_tensor(value, f"the value of site {site['name']!r}")
+    if not (isinstance(value, Tensor) and found.is_floating_point()):
+        found = found.to(_type_of(site))  # whole numbers have none, and arrays are of float64
     try:
         return found if found.shape == shape else found.expand(shape)
     except RuntimeError as error:
@@ -70,6 +75,13 @@ def whole_value(site: Site, value: ArrayLike) -> Tensor:
             f"{tuple(shape)}, got shape {tuple(found.shape)}: pass one for each member of its "
             "plates, or one for all"
         ) from error
+
+
+def _type_of(site: Site) -> torch.dtype:
+    """Return the type of draws of a site; the default one where it has no draws."""
+    with contextlib.suppress(NotImplementedError), seeded(0):
+        return site["fn"].sample().dtype
+    return torch.get_default_dtype()
 
 
 def init_latent(observed: tuple[str, ...], init: Callable[..., Tensor], site: Site) -> Tensor:
@@ -86,7 +98,7 @@ def init_latent(observed: tuple[str, ...], init: Callable[..., Tensor], site: Si
     name = site["name"]
     if name in observed:
         return site["fn"].sample()
-    if getattr(site["fn"].support, "is_discrete", False):
+    if _is_discrete(site):
         raise ValueError(
             f"expected observed or continuous sites, got the discrete site {name!r} beside the "
             f"observed ones {list(observed)}: marginalise it (a mixture distribution), or, if "
@@ -104,10 +116,17 @@ def is_not_latent(observed: tuple[str, ...], msg: Message) -> bool:
     return prototype_hide_fn(msg) or msg["name"] in observed
 
 
+def _is_discrete(site: Site) -> bool:
+    """Return whether a site is known to have separate values; not where it states no support."""
+    with contextlib.suppress(NotImplementedError):
+        return is_discrete(site["fn"].support)
+    return False
+
+
 def _check_site(site: Site, *, is_whole: bool) -> None:
     """Raise a ValueError if a site has no density, or is in a plate that no guide here holds."""
     name = site["name"]
-    if getattr(site["fn"].support, "is_discrete", False):
+    if _is_discrete(site):
         raise ValueError(
             f"expected continuous latent sites, got the discrete site {name!r}: marginalise it "
             "(a mixture distribution), or hide it, AutoInterpolant(poutine.block(model, "

@@ -477,6 +477,7 @@ def _checked_trace(density: LogJoint, z: Tensor) -> Nodes:
         )
     for name, _, real in density.sites.split(z):
         innermost = innermost_distribution(trace[name]["fn"])
+        innermost = innermost_distribution(getattr(innermost, "component_distribution", innermost))
         if isinstance(innermost, (dist.VonMises, dist.SineBivariateVonMises)):
             raise ValueError(
                 f"expected latent sites with a density on real numbers, got the angle {name!r}, "

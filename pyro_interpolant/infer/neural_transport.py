@@ -118,12 +118,14 @@ class Neutra:
         These alone may come off a support that is fixed, where formulas go on.
         """
         if self._moved is None:
-            model, nodes = functools.partial(self.model, *args, **kwargs), dict[str, Site]()
+            model = functools.partial(self.model, *args, **kwargs)
             with with_gradients(), unchecked(), seeded(0):
                 z = self.guide._init_loc().requires_grad_()
                 values = {name: value[0] for name, value in self.sites.unpack(z[None]).items()}
-                with contextlib.suppress(Exception):  # of which the run itself will tell
+                try:
                     nodes = nodes_of(poutine.condition(model, values))
+                except Exception:  # of which the run itself will tell; the next may do
+                    return frozenset()
             sampled = {k: node["value"] for k, node in nodes.items() if node["type"] == "sample"}
             self._moved = frozenset(
                 k for k, v in sampled.items() if isinstance(v, Tensor) and v.requires_grad

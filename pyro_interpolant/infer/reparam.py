@@ -140,6 +140,11 @@ class _AtDraw(Messenger):
         if known is None or msg["is_observed"] or not isinstance(fn, TorchDistributionMixin):
             return
         shape = _drawn_shape(msg, known)
+        if known.numel() % max(1, shape.numel()):
+            raise ValueError(
+                f"expected draws of site {msg['name']!r} of shape "
+                f"(*, {', '.join(map(str, shape))}), got {tuple(known.shape)}"
+            )
         rows = known.reshape(-1, *shape)
         self.count = len(rows)
         if self.count:
@@ -263,6 +268,7 @@ def _sampled(
     base = _wrapped(space.sampled_base(flow.base_dist), wrappers)
     start: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if value is not None:
+        value = value.to(flow.transform.flow.loc)
         if flow._validate_args:
             flow._validate_sample(value)  # else NaN in base space, outside of the support
         with torch.no_grad():

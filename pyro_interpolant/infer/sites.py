@@ -338,8 +338,9 @@ class LatentSites:
 
 def bijection_of(site: Site) -> Transform:
     """Return the bijection of a latent site, or raise a ValueError where there is none."""
-    support = site["fn"].support
+    support: Any = "a support that it does not state"
     try:
+        support = site["fn"].support
         return biject(support)
     except NotImplementedError as error:
         raise _unsupported(site["name"], support) from error
@@ -458,7 +459,7 @@ def check_fixed_support(name: str, now: Tensor, known: Tensor) -> None:
         )
 
 
-def _unsupported(name: str, support: constraints.Constraint) -> ValueError:
+def _unsupported(name: str, support: object) -> ValueError:
     """Return the error for a site whose support has no bijection, or none with a Jacobian."""
     return ValueError(
         f"expected supports with a bijection from real vectors and its Jacobian, got site "

@@ -25,7 +25,7 @@ from torch.distributions import (
 )
 
 from .._torch import broadcast_shapes
-from ..distributions.constraints import innermost_constraint
+from ..distributions.constraints import innermost_constraint, of_events
 
 # Constraints that all numbers satisfy, or that nothing is known of.
 _ALWAYS = (type(constraints.real), type(constraints.dependent))
@@ -117,19 +117,49 @@ def is_valid(fn: Distribution, value: Tensor | None, *, moved: bool = False) -> 
     own, inner = _in_range(fn), getattr(fn, "base_dist", None)
     if inner is None:
         return _where_all(own, _on_support(fn, value, moved=moved))
+    mask, events = getattr(fn, "_mask", None), getattr(fn, "reinterpreted_batch_ndims", 0)
+    if mask is False:
+        return True
     if isinstance(fn, TransformedDistribution):
-        if type(fn).log_prob is not TransformedDistribution.log_prob:
-            value = None  # it has a formula of its own: the base, such as Gumbel's, only draws
-        moved = value is not None and _leaf_support(fn) is not None
-        for transform in reversed(fn.transforms if moved else []):
-            value = transform.inv(value)
+        within, value = _pulled_back(fn, value, moved=moved)
+        own, moved = _where_all(own, within), value is not None
     found = is_valid(inner, value, moved=moved)
     if isinstance(found, bool):
         return own
-    mask, events = getattr(fn, "_mask", None), getattr(fn, "reinterpreted_batch_ndims", 0)
     if isinstance(mask, Tensor):
         found = found | ~mask
     return _where_all(own, _of_all(found, inner, events) if events else found)
+
+
+def _pulled_back(
+    fn: TransformedDistribution, value: Tensor | None, *, moved: bool
+) -> tuple[Tensor | bool, Tensor | None]:
+    """Return where a value is in the image of each transform, and the base's value of it.
+
+    The last image, a fixed support, counts if the value moves. Inverses go on beyond an image:
+    that of a sigmoid is clamped, and a square is positive.
+
+    Returns:
+        A mask that broadcasts to the batch, or True, and the value, or None: none is to be looked
+        at, for one where the formula is the distribution's own, and its base only draws.
+    """
+    has_own = type(fn).log_prob is not TransformedDistribution.log_prob
+    ends = [fn.support] if has_own else [transform.codomain for transform in fn.transforms[::-1]]
+    images = [_of_numbers(end) if i or moved else None for i, end in enumerate(ends)]
+    is_open, events = has_own or _leaf_support(fn) is None, len(fn.event_shape)
+    found: Tensor | bool = True
+    for i, image in enumerate(images):
+        if value is None or (is_open and not any(images[i:])):
+            return found, None
+        if image is not None:
+            inside = torch.as_tensor(image.check(value), device=value.device)
+            found = _where_all(found, of_events(inside, inside.dim() - events))
+        if has_own:
+            return found, None
+        transform = fn.transforms[-1 - i]
+        value = transform.inv(value)
+        events += transform.domain.event_dim - transform.codomain.event_dim
+    return found, None if is_open else value
 
 
 def _where_all(*masks: Tensor | bool) -> Tensor | bool:
@@ -174,7 +204,8 @@ def _on_support(fn: Distribution, value: Tensor | None, *, moved: bool) -> Tenso
         return True
     if isinstance(fn, MixtureSameFamily):
         return _in_a_component(fn, value, moved=moved)
-    if not moved and not constraints.is_dependent(type(fn).support):
+    own = inspect.getattr_static(type(fn), "support", None)
+    if not (moved or isinstance(own, property) or constraints.is_dependent(own)):
         return True
     inside = torch.as_tensor(support.check(value), device=value.device)  # a user's may be a bool
     return inside.flatten(-events).all(-1) if events else inside
@@ -248,6 +279,11 @@ def _leaf_support(fn: Distribution) -> constraints.Constraint | None:
         support = innermost_distribution(fn).support
     except NotImplementedError:
         return None
+    return _of_numbers(support)
+
+
+def _of_numbers(support: constraints.Constraint | None) -> constraints.Constraint | None:
+    """Return a support, if it is known, and one of single numbers that not all of them are on."""
     if support is None or isinstance(support, _ALWAYS) or support.event_dim:
         return None
     return support

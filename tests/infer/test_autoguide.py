@@ -5,6 +5,7 @@ import io
 import pickle
 import warnings
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -325,6 +326,19 @@ def test_a_start_may_be_a_number_or_an_array(one):
         AutoInterpolant(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), init_loc_fn=start)()
 
 
+@pytest.mark.parametrize("start", [3, torch.tensor(3), np.array(3.0), 3.0])
+def test_a_start_is_of_the_type_of_its_site(start):
+    torch.set_default_dtype(torch.float32)
+
+    def whole():
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(torch.ones(3, 2) @ w, 1.0).to_event(1), obs=torch.ones(3))
+
+    guide = AutoInterpolant(whole, init_loc_fn=guides.init_to_value(values={"w": start}))
+    assert guide()["w"].dtype == torch.float32
+    assert torch.equal(guide.transform.flow.loc, torch.tensor([3.0, 3.0]))
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, torch.inf, torch.nan])
 def test_a_start_that_is_not_inside_the_support_is_refused_by_its_name(value):
     def model():
@@ -567,6 +581,17 @@ def test_pickles_leave_the_model_behind_and_the_original_whole(target):
     assert torch.isfinite(log_joint(new)(z)).all()
 
 
+def test_a_pickle_before_the_first_call_keeps_the_start():
+    start = guides.init_to_value(values={"x": torch.tensor(5.0)})
+    guide = AutoInterpolant(single, init_loc_fn=start, hidden_dims=(4,))
+    new = pickle.loads(pickle.dumps(guide)).attach(single)
+    new()
+    assert torch.equal(new.transform.flow.loc, torch.tensor([5.0]))
+    again = pickle.loads(pickle.dumps(AutoInterpolant(discrete))).attach(discrete)
+    with pytest.raises(ValueError, match="got the discrete site 'k'"):
+        again()
+
+
 def test_two_guides_in_one_parameter_store_train_their_own_weights():
     first, second = small(), small(single)
     step = svi(first)
@@ -698,6 +723,13 @@ def test_guides_without_a_density_to_start_from_are_refused():
         guide.start_from(guides.AutoNormal(single))
     with pytest.raises(ValueError, match="got the point AutoLaplaceApproximation trains"):
         guide.start_from(guides.AutoLaplaceApproximation(single))
+
+    def rows(y=None):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0).expand([3]).to_event(1), obs=y)
+
+    with pytest.raises(ValueError, match="expected one data set in the arguments"):
+        AutoInterpolant(rows).start_from(AmortizedInterpolant(rows), torch.zeros(4, 3))
 
 
 # ------------------------------------------------------------------------ what its draws are worth

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoNormal, init_to_value
 from pyro.infer.reparam import NeuTraReparam
 from pyro.optim import Adam
 
-from pyro_interpolant import AutoInterpolant, FixedGrid, fit_guide, log_joint
+from pyro_interpolant import AmortizedInterpolant, AutoInterpolant, FixedGrid, fit_guide, log_joint
 from pyro_interpolant._torch import seeded
 from pyro_interpolant.diagnostics.psis import (
     ImportanceSummary,
@@ -365,6 +365,36 @@ def test_a_prior_that_cannot_be_drawn_has_no_draws(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"base_samples": 5 + torch.rand(500, 3)}, ValueError, "a guide starts from N"),
+        ({"context": torch.zeros(500, 1)}, ValueError, "other options of fit than context"),
+        ({"step": 5}, TypeError, "expected options of fit, got step"),
+        ({"steps": -5}, ValueError, "steps >= 1"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_the_model_is_simulated(
+    options, error, message
+):
+    """A guide on samples of a base was trained from these, and drew from N(0, I)."""
+    runs = []
+
+    def rows(y=None):
+        runs.append(1)
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0).expand([3]).to_event(1), obs=y)
+
+    guide = AmortizedInterpolant(rows)
+    guide(torch.zeros(3))
+    runs.clear()
+    with pytest.raises(error, match=message):
+        fit_guide(guide, simulations=100, progress=False, options=options)
+    assert len(runs) < 3
+    with pytest.raises(error, match=message):
+        fit_guide(small(), samples=SAMPLES, progress=False, options=options)
 
 
 def test_what_cannot_work_is_said_before_any_work():

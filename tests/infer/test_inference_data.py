@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import random_flow, random_prior
 from pyro.distributions import constraints
+from pyro.infer.autoguide import AutoLaplaceApproximation
 
 from pyro_interpolant import (
     AutoInterpolant,
@@ -99,6 +100,8 @@ def test_what_cannot_be_handed_over_is_refused():
     for count in (0, 2.5):
         with pytest.raises(ValueError, match="count >= 1, a whole number"):
             to_arviz(random_prior(2), count=count)
+    with pytest.raises(ValueError, match="got the point AutoLaplaceApproximation trains"):
+        to_arviz(AutoLaplaceApproximation(model))
     with pytest.raises(TypeError, match="dict"):
         to_arviz({"x": torch.zeros(3)})
 

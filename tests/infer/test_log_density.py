@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
-from pyro.distributions.transforms import AffineTransform
+from pyro.distributions.transforms import AffineTransform, SigmoidTransform
 from pyro.infer.autoguide import (
     AutoMultivariateNormal,
     AutoNormal,
@@ -582,6 +582,19 @@ def test_rows_that_are_masked_out_may_have_any_value(inside):
     assert found.isfinite().tolist() == [True, False]
 
 
+def test_a_site_that_is_masked_out_by_a_boolean_may_have_any_value_and_parameters():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.3, 0.1))
+        rows = x[..., None].expand(*x.shape, 2)
+        masked = [dist.Poisson(1 - rows).mask(mask=False), dist.Exponential(1.0).expand([2])]
+        pyro.sample("n", masked[0].to_event(1), obs=torch.ones(2))
+        pyro.sample("y", masked[1].to_event(1).mask(mask=False), obs=0.5 - rows)
+
+    z = torch.tensor([[0.3], [1.5]])
+    expected = dist.Normal(0.3, 0.1).log_prob(z[:, 0])
+    assert torch.allclose(log_joint(model)(z), expected)
+
+
 SEEN = torch.tensor([True, False, True])
 
 
@@ -695,9 +708,19 @@ def test_a_mixture_whose_components_have_other_bounds_is_refused(ends):
         log_joint(of_a_mixture(components))
 
 
-def test_an_angle_whose_density_repeats_is_refused():
+@pytest.mark.parametrize(
+    "fn",
+    [
+        dist.VonMises(torch.zeros(2), 1.0).to_event(1),
+        dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(2, 3)), dist.VonMises(torch.zeros(2, 3), 1.0)
+        ).to_event(1),
+    ],
+    ids=["one", "of a mixture"],
+)
+def test_an_angle_whose_density_repeats_is_refused(fn):
     def model():
-        a = pyro.sample("a", dist.VonMises(torch.zeros(2), 1.0).to_event(1))
+        a = pyro.sample("a", fn)
         pyro.sample("y", dist.VonMises(a.sum(-1), 20.0), obs=torch.tensor(3.0))
 
     with pytest.raises(ValueError, match="repeats with each turn"):
@@ -793,6 +816,23 @@ def test_a_discrete_site_is_refused(fn):
 
     with pytest.raises(ValueError, match="got the discrete site 'k': marginalise it"):
         log_joint(model)
+
+
+class WithoutSupport(Own):
+    def sample(self, sample_shape=()):
+        return self.loc.expand(torch.Size(sample_shape) + self.loc.shape).clone()
+
+
+class OnSomething(WithoutSupport):
+    support = constraints.dependent
+
+
+@pytest.mark.parametrize("kind", [WithoutSupport, OnSomething])
+@pytest.mark.filterwarnings("ignore:.* does not define `support`")
+def test_a_latent_site_that_states_no_support_is_refused_by_its_name(kind):
+    for ask in (log_joint, lambda model: AutoInterpolant(model)()):
+        with pytest.raises(ValueError, match="bijection from real vectors .* got site 'x' on "):
+            ask(lambda: pyro.sample("x", kind(torch.zeros(()))))
 
 
 @pytest.mark.parametrize("shape", [(), (2,)])
@@ -965,6 +1005,32 @@ def test_data_that_latents_move_off_a_fixed_support_have_no_density(noise, batch
     wanted = dist.Normal(0.0, 1.0).log_prob(z[:, 0]) + 2 * math.log(2.0) - 2 * (y - z).sum(-1)
     assert torch.allclose(density(z)[:2], wanted[:2])
     assert bool((density(z)[2:] == -math.inf).all())
+
+
+IMAGES = {
+    "a clamped inverse": dist.TransformedDistribution(dist.Normal(0.0, 10.0), SigmoidTransform()),
+    "squares": dist.Weibull(1.0, 2.0),
+    "folded": dist.FoldedDistribution(dist.Normal(1.0, 1.0)),
+    "behind another": dist.TransformedDistribution(
+        dist.Normal(0.0, 10.0), [SigmoidTransform(), AffineTransform(0.0, 1.0)]
+    ),
+}
+
+
+@pytest.mark.parametrize("batching", ["plate", "vmap"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_data_that_latents_move_off_the_image_of_a_transform_have_no_density(name, batching):
+    """Of a sigmoid's inverse, which is clamped, they had 13 nats more than on it."""
+
+    def model():
+        shift = pyro.sample("shift", dist.Normal(0.0, 0.1).expand([2]).to_event(1))
+        fn = IMAGES[name].expand([2]).to_event(1)
+        pyro.sample("y", fn, obs=torch.tensor([0.5, 0.4]) - shift)
+
+    density = log_joint(model)
+    density.batching = batching
+    z = torch.tensor([[0.1, -0.1], [0.1, 2.0], [-0.4, 0.1]])
+    assert density(z).isfinite().tolist() == [True, False, True]
 
 
 def test_data_off_a_support_have_the_density_of_the_formula_where_they_are_not_validated():

@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormalMessenger
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
@@ -97,6 +98,49 @@ def test_what_validation_refuses_has_no_density(likelihood):
             lowest = 0.0 if likelihood is shares_out_of_range else -torch.inf
             assert bool(density > -torch.inf) == (lowest <= a <= 1)
             assert (z == 0) == (abs(a - 0.5) < 0.5)  # both cases come
+
+
+def test_a_run_that_failed_does_not_hide_which_data_latents_move():
+    def residuals(y):
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Exponential(2.0), obs=y - shift)
+
+    guide = AutoInterpolant(residuals, hidden_dims=(4,))
+    guide(torch.tensor(1.0))
+    base = neutra(guide)
+    with pytest.raises(TypeError):
+        base()
+    far = poutine.condition(base, {"shift_shared_latent": torch.tensor([30.0])})
+    with pyro.validation_enabled(is_validate=False):
+        assert poutine.trace(far).get_trace(torch.tensor(1.0)).log_prob_sum() == -torch.inf
+
+
+class Above(dist.TorchDistribution):
+    """Numbers above a limit, of an author who wrote the support as any property."""
+
+    arg_constraints = {}
+
+    def __init__(self, low):
+        self.low = low
+        super().__init__(low.shape, validate_args=False)
+
+    @property
+    def support(self):
+        return constraints.greater_than(self.low)
+
+    def log_prob(self, value):
+        return self.low - value
+
+
+def test_a_support_that_a_plain_property_moves_counts():
+    def limited():
+        low = pyro.sample("low", dist.Normal(0.0, 1.0))
+        pyro.sample("y", Above(low), obs=torch.tensor(2.0))
+
+    guide = AutoInterpolant(limited, hidden_dims=(4,))
+    guide()
+    far = poutine.condition(neutra(guide), {"low_shared_latent": torch.tensor([50.0])})
+    assert poutine.trace(far).get_trace().log_prob_sum() == -torch.inf
 
 
 def test_draws_come_back_in_the_models_sites():

@@ -857,6 +857,15 @@ def test_a_value_of_the_site_is_honoured_however_it_is_named(name):
     assert torch.allclose(trace.nodes["z"]["value"], VALUE, atol=ATOL)
 
 
+@pytest.mark.parametrize("value", [VALUE, VALUE.numpy(), torch.tensor([1, 0])])
+def test_a_value_of_the_site_comes_in_the_type_of_its_flow(value):
+    prior = random_prior(2).to(torch.float32)
+    with InitMessenger(init_to_value(values={"z": value})):
+        z = trace_of(base_space(lambda: pyro.sample("z", prior))).nodes["z"]["value"]
+    assert z.dtype == torch.float32
+    assert torch.allclose(z, torch.as_tensor(value).float(), atol=1e-3)
+
+
 def test_a_guide_of_one_vector_starts_where_it_is_told_to():
     model = base_space(regression(random_prior(2)))
     guide = AutoInterpolant(
@@ -1201,6 +1210,13 @@ def test_draws_may_be_arrays_and_none(count):
     found = base_space(model).samples({name: value.numpy() for name, value in draws.items()})
     torch.testing.assert_close(found["z"].double(), expected["z"], rtol=1e-4, atol=1e-4)
     assert torch.equal(found["y"], draws["y"])
+
+
+def test_draws_of_another_shape_are_refused_by_the_name_of_their_site():
+    prior = random_prior(2)
+    base = base_space(lambda: pyro.sample("z", prior))
+    with pytest.raises(ValueError, match=r"draws of site 'z_base' of shape \(\*, 2\), got \(5, 3"):
+        base.samples({"z_base": torch.zeros(5, 3)})
 
 
 def test_what_is_made_of_draws_leaves_the_generator_alone():

@@ -449,8 +449,9 @@ def train_from_density(
 
     Raises:
         TypeError: If the distribution or the start is of the wrong kind.
-        ValueError: If the flow has a support or a base, a setting is out of range, the start does
-            not fit, or the density is of the wrong shape or finite nowhere near the start.
+        ValueError: If the flow has a support, a base or a batch, or starts from data, a setting is
+            out of range, the start does not fit, or the density is of the wrong shape or finite
+            nowhere near the start.
         RuntimeError: If gradients of the regression stay non-finite.
 
     References:
@@ -459,11 +460,8 @@ def train_from_density(
         (tempering); Vehtari et al., arXiv 1507.02646 (k-hat).
     """
     clock, flow = Clock(max_seconds, or_none=False), _checked_flow(distribution)
-    check_ranges(
-        whole("draws", draws, 100),
-        whole("steps", steps, 1),
-        whole("rounds", rounds, 1, or_none=True),
-    )
+    of_rounds = whole("rounds", rounds, 1, or_none=True)
+    check_ranges(whole("draws", draws, 100), whole("steps", steps, 1), of_rounds)
     with torch.inference_mode(mode=False), torch.no_grad(), seeded(seed):
         wide = initial_mixture(start, flow.loc)
         density = LogDensity(log_density, Threads(choose=flow.loc.is_cpu))
@@ -491,10 +489,11 @@ def _checked_flow(distribution: InterpolantDistribution) -> Flow:
     if not isinstance(distribution, InterpolantDistribution):
         raise TypeError(f"expected an InterpolantDistribution, got {type(distribution).__name__}")
     flow = trainable_flow(distribution)
-    if not distribution.space.is_real() or distribution.base is not None:
+    is_from_noise = distribution.base is None and not flow.interpolant.starts_from_data()
+    if not (is_from_noise and distribution.space.is_real()) or distribution.batch_shape:
         raise ValueError(
-            "expected a flow on real vectors from its default base, got "
-            f"support={distribution.constraint} and base={distribution.base}: write the density "
-            "in unconstrained coordinates, with the Jacobian"
+            "expected one flow on real vectors from its default base, which is noise, got "
+            f"{distribution} from base={distribution.base} along {type(flow.interpolant).__name__}"
+            ": write the density in unconstrained coordinates, with the Jacobian"
         )
     return flow

@@ -15,6 +15,7 @@ from pyro_interpolant import (
     FixedGrid,
     InterpolantDistribution,
     Latent,
+    Mirror,
     SineSquared,
     Trigonometric,
     conditional_interpolant_transform,
@@ -722,8 +723,10 @@ def test_flows_that_cannot_be_trained_this_way_are_refused():
     for flow in (
         InterpolantDistribution(transform, support=constraints.positive),
         InterpolantDistribution(transform, dist.Normal(torch.zeros(2), 1.0).to_event(1)),
+        InterpolantDistribution(transform).expand([3]),
+        InterpolantDistribution(interpolant_transform(2, (8, 8), interpolant=Mirror())),
     ):
-        with pytest.raises(ValueError, match="on real vectors from its default base"):
+        with pytest.raises(ValueError, match="on real vectors from its default base, which"):
             quick(flow, slanted().log_prob)
     conditional = ConditionalInterpolantDistribution(conditional_interpolant_transform(2, 1))
     with pytest.raises(TypeError, match="an InterpolantDistribution, got Conditional"):
