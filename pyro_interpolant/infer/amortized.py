@@ -148,12 +148,8 @@ class AmortizedInterpolant(AutoInterpolant):
         super().__init__(model, hidden_dims=hidden_dims)
         if not self.observed or len(set(self.observed)) < len(self.observed):
             raise ValueError(f"expected names of observed sites, each once, got {self.observed}")
-        is_new = embedding is not None or hidden_dims is not None
-        if posterior is not None and is_new:
-            raise ValueError(
-                "expected a posterior, which has its network, or what a new one is made of, got "
-                "embedding or hidden_dims beside posterior"
-            )
+        if posterior is not None and (embedding is not None or hidden_dims is not None):
+            raise ValueError("expected a posterior, or embedding and hidden_dims, got both")
         check_ranges(whole("num_workers", num_workers, 0))
         self.num_workers = int(num_workers)
         self._given = embedding, posterior

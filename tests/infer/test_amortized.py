@@ -1217,7 +1217,7 @@ def test_a_batch_of_one_data_set_is_a_batch(trained):
 def test_what_a_new_network_is_made_of_is_refused_beside_a_posterior(made):
     guide = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,))
     guide(torch.ones(ROWS))
-    with pytest.raises(ValueError, match="got embedding or hidden_dims beside posterior"):
+    with pytest.raises(ValueError, match="or embedding and hidden_dims, got both"):
         pi.AmortizedInterpolant(rows_of_a_normal, posterior=guide.posterior, **made)
 
 
