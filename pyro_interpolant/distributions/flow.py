@@ -31,7 +31,7 @@ from .bases import (
 )
 from .constraints import Circular, Constraint, Sites
 from .report import Report
-from .rows import checked_context, checked_rows, columns_in_order, in_type_of, is_frame, names_of
+from .rows import checked_context, checked_rows, columns_in_order, is_frame, names_of
 from .supports import Support, support_of
 
 if TYPE_CHECKING:
@@ -234,12 +234,11 @@ class FlowDistribution:
         """
         if not is_frame(context):
             return context
-        flow = self.transform.flow
+        flow, dtype = self.transform.flow, self.transform.flow.loc.dtype
         rows = columns_in_order(context, self.context_columns, "context")
         if rows.shape == (flow.context_dim,) != (1,) and not flow.classes:  # one row of a frame
-            return in_type_of(checked_context(rows[None], flow.context_dim), flow.loc)[0]
-        found = checked_context(rows, flow.context_dim, flow.classes, flow.loc.dtype)
-        return in_type_of(found, flow.loc)
+            return checked_context(rows[None], flow.context_dim, 0, dtype)[0].to(flow.loc)
+        return checked_context(rows, flow.context_dim, flow.classes, dtype).to(flow.loc)
 
     def to_flow(self, value: Tensor) -> Tensor:
         """Return values as real vectors in the flow's coordinates, behind a map if there is one.

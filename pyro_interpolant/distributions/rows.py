@@ -333,7 +333,7 @@ def checked_context(
 
     Raises:
         TypeError: If they are neither of a floating type nor labels.
-        ValueError: If they are of another shape, not finite, or labels of no class.
+        ValueError: If they are of another shape, not finite in that type, or labels of no class.
     """
     found = as_tensor(context, "context")
     if found.is_floating_point():
@@ -344,8 +344,7 @@ def checked_context(
                 ": leave those rows out, or give them weight 0"
             )
         found = checked_rows(found, "context", (size,))
-        if not bool(found.to(dtype).isfinite().all()):
-            raise ValueError(f"expected context in the range of {dtype}, got numbers beyond it")
+        _check_range(found, dtype)
         return checked_labels(found, classes, dtype) if classes else found
     if not classes:
         raise TypeError(
@@ -362,22 +361,16 @@ def checked_context(
     return checked_labels(found, classes, dtype)
 
 
-def in_type_of(context: Tensor, like: Tensor) -> Tensor:
-    """Return contexts, shape ``(N, C)``, in the type and on the device of a tensor of any shape.
-
-    Raises:
-        ValueError: If the type has no number for one.
-    """
-    found = context.to(like)
-    bad = ~found.isfinite().all(-1)
+def _check_range(context: Tensor, dtype: torch.dtype) -> None:
+    """Raise a ValueError where contexts, shape ``(N, C)``, are beyond a type."""
+    bad = ~context.to(dtype).isfinite().all(-1)
     if bool(bad.any()):
         raise ValueError(
-            f"expected context within the range of the flow's type {like.dtype}, up to "
-            f"{torch.finfo(like.dtype).max:.1e}, got values outside it in "
+            f"expected context within the range of the flow's type {dtype}, up to "
+            f"{torch.finfo(dtype).max:.1e}, got values outside it in "
             f"{counted(bad, f'of {len(bad)} rows')}: choose other units, or give rows and flow in "
             "float64"
         )
-    return found
 
 
 def contexts_of_rows(
@@ -395,13 +388,13 @@ def contexts_of_rows(
     Raises:
         TypeError: As :func:`checked_context`.
         ValueError: As :func:`checked_context`, or if there are more or fewer, or the columns of a
-            data frame have other names, or the type of the flow has no number for one.
+            data frame have other names.
     """
     context = columns_in_order(context, names, "context")
     found = checked_context(context, flow.context_dim, flow.classes, flow.loc.dtype)
     if len(found) != count:
         raise ValueError(f"expected as many contexts as {rows}, {count}, got {len(found)}")
-    return in_type_of(found, flow.loc)
+    return found.to(flow.loc)
 
 
 def shares_of(x: Tensor, weights: Tensor | None) -> Tensor:
