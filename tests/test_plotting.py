@@ -26,6 +26,7 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.diagnostics import CalibrationCheck
 from pyro_interpolant.distributions import ConditionalJointInterpolantDistribution
+from pyro_interpolant.plotting.axes import extent_of
 from pyro_interpolant.transforms.gaussianize import Gaussianized, MarginalTransform
 
 mpl.use("Agg")
@@ -526,6 +527,10 @@ def test_a_constant_column_has_a_panel():
     x = torch.cat((torch.randn(100, 1), torch.full((100, 1), 7.0)), -1)
     axes = plotting.corner(x, x)
     assert axes[1][1].get_xlim() == pytest.approx((5.95, 8.05))
+
+
+def test_limits_of_more_rows_than_torch_sorts_for_quantiles():
+    assert extent_of(np.zeros((2**24 + 2, 1))) == pytest.approx((-0.15, 0.15))
 
 
 WRONG = {

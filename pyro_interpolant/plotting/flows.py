@@ -307,7 +307,7 @@ def _paths(
 def _extent(distribution: InterpolantDistribution) -> tuple[float, ...]:
     """Return the bounds of samples, those of each dimension in turn."""
     x = distribution.sample((_EXTENT_SAMPLES,))
-    return extent_of(x.reshape(len(x), -1))
+    return extent_of(x.reshape(len(x), -1).double().cpu().numpy())
 
 
 def _line(low: float, high: float, points: int) -> Tensor:

@@ -56,7 +56,7 @@ def corner(
     check_ranges((f"{dim} names, one per column", len(names) == dim, names))
     if ax is None:
         ax = axes_array(dim, dim, (1.6 * dim + 1, 1.6 * dim + 1))
-    boxes = np.array([extent_of(torch.as_tensor(part)) for part, *_ in pair]).reshape(2, dim, 2)
+    boxes = np.array([extent_of(part) for part, *_ in pair]).reshape(2, dim, 2)
     low, high = boxes[..., 0].min(0), boxes[..., 1].max(0)
     for i, j in np.ndindex(dim, dim):
         one = ax[i][j]
