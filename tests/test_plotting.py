@@ -557,6 +557,9 @@ WRONG = {
     "contexts that differ in column 1, got 2 alone": lambda _: plotting.conditional(
         family(), torch.tensor([[0.5, 2.0]]), column=1
     ),
+    r"data of shapes \(N, 1\) and \(N, 2\), .*4500": lambda _: plotting.conditional(
+        family(), torch.rand(4, 2), data=(torch.zeros(4500), torch.rand(5000, 2))
+    ),
     "numbers of data and simulations, got none": lambda x: plotting.predictive_check(x[0], x[:0]),
 }
 
@@ -627,3 +630,20 @@ def test_outcomes_and_contexts_in_another_order_are_refused():
     y, context = pd.Series(np.zeros(3)), pd.DataFrame(np.random.randn(3, 2))
     with pytest.raises(ValueError, match="expected y and context with their rows in the same ord"):
         plotting.conditional(family(), torch.rand(4, 2), data=(y, context.iloc[::-1]))
+
+
+def test_points_are_taken_from_all_over_and_keep_their_contexts():
+    """Of more rows than are shown, which may come in an order."""
+    c = torch.linspace(-1, 1, 9000)
+    grid = torch.stack((torch.zeros(5), torch.linspace(-1, 1, 5)), 1)
+    data = 2 * c, torch.stack((torch.zeros(9000), c), 1)
+    pictures = [
+        plotting.conditional(family(), grid, column=column, data=data, points=5)
+        for column in (1, -1)
+    ]
+    pictures.append(plotting.corner(torch.stack((c, 2 * c), 1), torch.stack((c, 2 * c), 1))[1][0])
+    for ax in pictures:
+        x, y = ax.collections[1].get_offsets().T
+        assert len(x) == 4000
+        assert (x.min(), x.max()) == pytest.approx((-1.0, 1.0), abs=1e-3)
+        assert y.tolist() == pytest.approx((2 * x).tolist())

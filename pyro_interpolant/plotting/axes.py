@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DATA_COLOR, MODEL_COLOR, THIRD_COLOR = "#4c566a", "#d1495b", "#2a9d8f"
-SCATTER_POINTS = 4000
+_POINTS = 4000  # shown of data, at most
 
 
 def new_axes(ax: "Axes | None") -> "Axes":
@@ -41,3 +41,13 @@ def extent_of(x: np.ndarray) -> tuple[float, ...]:
     width = bounds[1] - bounds[0]
     margin = 0.15 * np.where(width > 0, width, np.abs(bounds[0]).clip(min=1.0))
     return tuple(np.stack((bounds[0] - margin, bounds[1] + margin), -1).ravel().tolist())
+
+
+def as_points(x: np.ndarray) -> np.ndarray:
+    """Return rows to show as points, shape ``(*, D)``, from all over: they may come in an order.
+
+    Args:
+        x: The rows, shape ``(N, D)``.
+    """
+    few = min(len(x), _POINTS)
+    return x[np.arange(few) * len(x) // few]

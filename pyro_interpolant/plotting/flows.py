@@ -29,8 +29,8 @@ from ..transforms.gaussianize import Gaussianized
 from .axes import (
     DATA_COLOR,
     MODEL_COLOR,
-    SCATTER_POINTS,
     THIRD_COLOR,
+    as_points,
     axes_array,
     extent_of,
     new_axes,
@@ -230,8 +230,6 @@ def conditional(
             "expected a ConditionalInterpolantDistribution, whose contexts are given beside it, "
             f"got {type(distribution).__name__}"
         )
-    if data is not None:
-        check_same_order(y=data[0], context=data[1])
     flow = distribution.transform.flow
     if flow.event_dim > 1:
         raise ValueError(
@@ -247,6 +245,7 @@ def conditional(
     check_ranges((f"contexts that differ in column {column}", varies, f"{along[0]:g} alone"))
     names = names or distribution.context_columns
     taken = in_order(torch.as_tensor(contexts), names, distribution.context_columns, "context")
+    shown = None if data is None else _points(data, names, column, width)
     given = _of_values(distribution).condition(taken.to(flow.loc))
     q = torch.tensor([0.005, *levels, 0.995])[:, None].to(flow.loc)
     with torch.no_grad():
@@ -256,9 +255,8 @@ def conditional(
         density = given.log_prob(grid.reshape(*grid.shape, *given.event_shape)).exp()
     heights, ax = density.cpu().numpy(), new_axes(ax)
     ax.pcolormesh(along, values.cpu().numpy(), heights, shading="gouraud", cmap="magma_r")
-    if data is not None:
-        y, c = (part[:SCATTER_POINTS] for part in (table(data[0])[0], table(data[1], names)[0]))
-        ax.scatter(c[:, column], y[:, 0], s=3, color=DATA_COLOR, linewidths=0, label="data")
+    if shown is not None:
+        ax.scatter(*shown.T, s=3, color=DATA_COLOR, linewidths=0, label="data")
     for i, (level, line) in enumerate(zip(levels, lines[1:-1].cpu().numpy(), strict=True)):
         name = ", ".join(f"{100 * x:g}%" for x in levels) if i == 0 else None
         width = 1.6 if level == 0.5 else 0.8
@@ -267,6 +265,24 @@ def conditional(
     ax.set_xlim(along.min(), along.max())
     ax.legend(frameon=False)
     return ax
+
+
+def _points(
+    data: tuple[RowsLike, ArrayLike], names: Sequence[str], column: int, width: int
+) -> np.ndarray:
+    """Return a column of contexts and outcomes, to show as points, shape ``(*, 2)``.
+
+    Args:
+        data: Outcomes, shape ``(N, 1)``, and their contexts, shape ``(N, C)``.
+        names: The names of the columns of contexts, or none.
+        column: Which one.
+        width: Their number C.
+    """
+    check_same_order(y=data[0], context=data[1])
+    y, c = table(data[0])[0], table(data[1], names)[0]
+    wanted = f"data of shapes (N, 1) and (N, {width}), outcomes and contexts"
+    check_ranges((wanted, (*y.shape, *c.shape) == (len(c), 1, len(y), width), (y.shape, c.shape)))
+    return as_points(np.stack((c[:, column], y[:, 0]), 1))
 
 
 def _of_values(

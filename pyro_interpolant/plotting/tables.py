@@ -12,7 +12,7 @@ from .._package import check_ranges, whole
 from ..distributions.interpolant import ConditionalInterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
 from ..distributions.rows import RowsLike, checked_rows, in_order, named_columns
-from .axes import DATA_COLOR, MODEL_COLOR, SCATTER_POINTS, axes_array, extent_of, shares
+from .axes import DATA_COLOR, MODEL_COLOR, as_points, axes_array, extent_of, shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +71,7 @@ def corner(
                 continue
             _contours(one, part[:, [j, i]], (low[[j, i]], high[[j, i]]), levels, color)
             if label == "data":
-                x, y = part[:SCATTER_POINTS, j], part[:SCATTER_POINTS, i]
+                x, y = as_points(part[:, [j, i]]).T
                 one.scatter(x, y, s=2, alpha=0.2, color=color, linewidths=0, zorder=0)
         one.set(xlabel=names[j] if i == dim - 1 else "", ylabel=names[i] if j == 0 < i else "")
         one.set_xlim(low[j], high[j])
