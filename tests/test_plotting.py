@@ -647,3 +647,9 @@ def test_points_are_taken_from_all_over_and_keep_their_contexts():
         assert len(x) == 4000
         assert (x.min(), x.max()) == pytest.approx((-1.0, 1.0), abs=1e-3)
         assert y.tolist() == pytest.approx((2 * x).tolist())
+
+
+def test_quantiles_far_out_are_within_the_picture():
+    ax = plotting.conditional(family(), torch.rand(4, 2), levels=(0.001, 0.999), points=5)
+    low, high = ax.get_ylim()
+    assert all(low <= y <= high for line in ax.lines for y in line.get_ydata())

@@ -247,7 +247,8 @@ def conditional(
     taken = in_order(torch.as_tensor(contexts), names, distribution.context_columns, "context")
     shown = None if data is None else _points(data, names, column, width)
     given = _of_values(distribution).condition(taken.to(flow.loc))
-    q = torch.tensor([0.005, *levels, 0.995])[:, None].to(flow.loc)
+    ends = min((0.005, *levels)), max((0.995, *levels))
+    q = torch.tensor([ends[0], *levels, ends[1]])[:, None].to(flow.loc)
     with torch.no_grad():
         lines = given.icdf(q.expand(-1, len(along))).reshape(len(q), -1)
         values = _line(float(lines[0].min()), float(lines[-1].max()), points).to(lines)
