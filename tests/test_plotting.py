@@ -653,3 +653,21 @@ def test_quantiles_far_out_are_within_the_picture():
     ax = plotting.conditional(family(), torch.rand(4, 2), levels=(0.001, 0.999), points=5)
     low, high = ax.get_ylim()
     assert all(low <= y <= high for line in ax.lines for y in line.get_ydata())
+
+
+def test_paths_of_angles_are_at_their_times():
+    """Of a velocity of one radian per unit of time, on nodes that are no even steps."""
+
+    class Turning(torch.nn.Module):
+        event_dim = 1
+
+        def forward(self, t, x, context=None):
+            return torch.ones_like(x)
+
+    transform = InterpolantTransform(Turning(), interpolant=Geodesic())
+    turning = InterpolantDistribution(transform, UniformTorus(1), support=circular)
+    for line in plotting.trajectories(turning, count=20, steps=8).lines:
+        time, angle = line.get_xydata().T
+        seen = np.isfinite(angle)
+        turned = (angle[seen] - angle[0] + 1e-6) % (2 * np.pi)
+        assert turned == pytest.approx(time[seen], abs=1e-5)

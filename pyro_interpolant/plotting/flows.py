@@ -314,11 +314,17 @@ def _paths(
         x = to_values(distribution, flow.integrate(w, path, forward=True))
     x, times = x.reshape(*x.shape[:2], -1), path.times[0]
     if isinstance(distribution.space, CircularSupport):
-        between = (x[1:] + x[:-1]) / 2
-        between[(x.diff(dim=0).abs() > math.pi).any(-1)] = math.nan
-        x = torch.cat((torch.stack((x[:-1], between), 1).flatten(0, 1), x[-1:]))
-        times = torch.linspace(float(times[0]), float(times[-1]), len(x))
+        crosses = (x.diff(dim=0).abs() > math.pi).any(-1)
+        times, x = (_with_middles(part) for part in (times, x))
+        x[1::2][crosses] = math.nan
     return times.numpy(), x.cpu().numpy()
+
+
+def _with_middles(x: Tensor) -> Tensor:
+    """Return points, shape ``(S, *)``, and the middles between them, shape ``(2 S - 1, *)``."""
+    found = x.repeat_interleave(2, dim=0)[:-1]
+    found[1::2] = (x[1:] + x[:-1]) / 2
+    return found
 
 
 def _extent(distribution: InterpolantDistribution) -> tuple[float, ...]:
