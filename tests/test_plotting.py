@@ -671,3 +671,18 @@ def test_paths_of_angles_are_at_their_times():
         seen = np.isfinite(angle)
         turned = (angle[seen] - angle[0] + 1e-6) % (2 * np.pi)
         assert turned == pytest.approx(time[seen], abs=1e-5)
+
+
+@pytest.mark.parametrize("support", [constraints.unit_interval, constraints.nonnegative])
+def test_arrows_in_a_box_that_ends_on_the_edge_of_a_support(support):
+    distribution = flow(2, support=support)
+    ax = plotting.density(distribution, extent=(0, 1, 0, 1), points=16, velocity=True)
+    arrows = ax.collections[1]
+    x, v = torch.as_tensor(arrows.XY), torch.as_tensor(np.stack((arrows.U, arrows.V), -1))
+    inside = ((x > 0) & (x < 1)).all(-1)
+    transform, to_values = distribution.transform, torch.distributions.biject_to(support)
+    whitening = transform.flow.whitening
+    w = whitening.to_white(to_values.inv(x[inside]))
+    rate = whitening.push(transform.velocity(torch.tensor(1.0), w))
+    _, expected = torch.func.jvp(to_values, (to_values.inv(x[inside]),), (rate,))
+    torch.testing.assert_close(v[inside], expected)

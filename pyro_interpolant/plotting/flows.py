@@ -384,6 +384,8 @@ def _velocity(distribution: InterpolantDistribution, x: Tensor) -> Tensor:
     transform = distribution.transform
     flow = transform.flow
     t = torch.tensor(transform.end).to(x)
-    w = flow.whitening.to_white(distribution.to_flow(x))
+    # On the edge of a support, too, where values have no place that is finite, and do not move.
+    real = x if distribution.space.is_real() else distribution.transforms[-1].inv(x).to(x)
+    w = flow.whitening.to_white(real)
     v = evaluate(flow.velocity, t, w, transform.context)
     return torch.func.jvp(partial(to_values, distribution), (w,), (v,))[1].reshape(len(x), -1)
