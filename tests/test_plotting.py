@@ -551,6 +551,13 @@ WRONG = {
     ),
     r"at least one time, got \(\)": lambda _: plotting.evolution(flow(2), ()),
     "as many axes as times": lambda _: plotting.evolution(flow(1), (0.5,), ax=[None, None]),
+    r"2 x 2 axes in an array, got shape \(3, 3\)": lambda x: plotting.corner(
+        x, x, ax=np.empty((3, 3))
+    ),
+    r"2 x 2 axes in an array, got shape \(\)": lambda x: plotting.corner(x, x, ax=object()),
+    "as many axes as times, got <object": lambda _: plotting.evolution(
+        flow(1), (0.5,), ax=object()
+    ),
     "contexts that differ in column 0, got 0.5 alone": lambda _: plotting.conditional(
         family(), torch.tensor([[0.5, 0.0], [0.5, 1.0]])
     ),

@@ -154,7 +154,7 @@ def evolution(
     """
     check_ranges(
         ("at least one time", len(times) > 0, times),
-        ("as many axes as times", ax is None or len(ax) == len(times), ax),
+        ("as many axes as times", ax is None or np.asarray(ax).shape == (len(times),), ax),
     )
     _check_single(distribution)
     if ax is None:

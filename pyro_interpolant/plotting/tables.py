@@ -53,7 +53,12 @@ def corner(
     pair = ((rows, DATA_COLOR, "data"), (drawn, MODEL_COLOR, "model"))
     dim = rows.shape[-1]
     names = (found or [f"$x_{{{i + 1}}}$" for i in range(dim)]) if names is None else names
-    check_ranges((f"{dim} names, one per column", len(names) == dim, names))
+    given = np.asarray(ax).shape
+    fits = ax is None or given == (dim, dim)
+    check_ranges(
+        (f"{dim} names, one per column", len(names) == dim, names),
+        (f"{dim} x {dim} axes in an array", fits, f"shape {given}"),
+    )
     if ax is None:
         ax = axes_array(dim, dim, (1.6 * dim + 1, 1.6 * dim + 1))
     boxes = np.array([extent_of(part) for part, *_ in pair]).reshape(2, dim, 2)
