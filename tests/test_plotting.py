@@ -693,3 +693,10 @@ def test_arrows_in_a_box_that_ends_on_the_edge_of_a_support(support):
     rate = whitening.push(transform.velocity(torch.tensor(1.0), w))
     _, expected = torch.func.jvp(to_values, (to_values.inv(x[inside]),), (rate,))
     torch.testing.assert_close(v[inside], expected)
+
+
+@pytest.mark.parametrize("kind", ["uint16", "int16", "float16"])
+def test_counts_of_any_type_are_drawn_beside_simulated_ones(kind):
+    y = np.array([7, 3, 60_000 if kind == "uint16" else 5], kind)
+    ax = plotting.predictive_check(y, np.stack((y, y)))
+    assert ax.lines[0].get_ydata().tolist() == sorted(y.tolist())
