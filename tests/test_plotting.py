@@ -26,6 +26,7 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.diagnostics import CalibrationCheck
 from pyro_interpolant.distributions import ConditionalJointInterpolantDistribution
+from pyro_interpolant.plotting.axes import extent_of
 from pyro_interpolant.transforms.gaussianize import Gaussianized, MarginalTransform
 
 mpl.use("Agg")
@@ -528,6 +529,10 @@ def test_a_constant_column_has_a_panel():
     assert axes[1][1].get_xlim() == pytest.approx((5.95, 8.05))
 
 
+def test_limits_of_more_rows_than_torch_sorts_for_quantiles():
+    assert extent_of(np.zeros((2**24 + 2, 1))) == pytest.approx((-0.15, 0.15))
+
+
 WRONG = {
     r"levels, each in \(0, 1\), got \(1.5,\)": lambda x: plotting.corner(x, x, levels=(1.5,)),
     r"2 names, one per column, got \['a'\]": lambda x: plotting.corner(x, x, names=["a"]),
@@ -546,11 +551,21 @@ WRONG = {
     ),
     r"at least one time, got \(\)": lambda _: plotting.evolution(flow(2), ()),
     "as many axes as times": lambda _: plotting.evolution(flow(1), (0.5,), ax=[None, None]),
+    r"2 x 2 axes in an array, got shape \(3, 3\)": lambda x: plotting.corner(
+        x, x, ax=np.empty((3, 3))
+    ),
+    r"2 x 2 axes in an array, got shape \(\)": lambda x: plotting.corner(x, x, ax=object()),
+    "as many axes as times, got <object": lambda _: plotting.evolution(
+        flow(1), (0.5,), ax=object()
+    ),
     "contexts that differ in column 0, got 0.5 alone": lambda _: plotting.conditional(
         family(), torch.tensor([[0.5, 0.0], [0.5, 1.0]])
     ),
     "contexts that differ in column 1, got 2 alone": lambda _: plotting.conditional(
         family(), torch.tensor([[0.5, 2.0]]), column=1
+    ),
+    r"data of shapes \(N, 1\) and \(N, 2\), .*4500": lambda _: plotting.conditional(
+        family(), torch.rand(4, 2), data=(torch.zeros(4500), torch.rand(5000, 2))
     ),
     "numbers of data and simulations, got none": lambda x: plotting.predictive_check(x[0], x[:0]),
 }
@@ -622,3 +637,75 @@ def test_outcomes_and_contexts_in_another_order_are_refused():
     y, context = pd.Series(np.zeros(3)), pd.DataFrame(np.random.randn(3, 2))
     with pytest.raises(ValueError, match="expected y and context with their rows in the same ord"):
         plotting.conditional(family(), torch.rand(4, 2), data=(y, context.iloc[::-1]))
+
+
+def test_points_are_taken_from_all_over_and_keep_their_contexts():
+    """Of more rows than are shown, which may come in an order."""
+    c = torch.linspace(-1, 1, 9000)
+    grid = torch.stack((torch.zeros(5), torch.linspace(-1, 1, 5)), 1)
+    data = 2 * c, torch.stack((torch.zeros(9000), c), 1)
+    pictures = [
+        plotting.conditional(family(), grid, column=column, data=data, points=5)
+        for column in (1, -1)
+    ]
+    pictures.append(plotting.corner(torch.stack((c, 2 * c), 1), torch.stack((c, 2 * c), 1))[1][0])
+    for ax in pictures:
+        x, y = ax.collections[1].get_offsets().T
+        assert len(x) == 4000
+        assert (x.min(), x.max()) == pytest.approx((-1.0, 1.0), abs=1e-3)
+        assert y.tolist() == pytest.approx((2 * x).tolist())
+
+
+def test_quantiles_far_out_are_within_the_picture():
+    ax = plotting.conditional(family(), torch.rand(4, 2), levels=(0.001, 0.999), points=5)
+    low, high = ax.get_ylim()
+    assert all(low <= y <= high for line in ax.lines for y in line.get_ydata())
+
+
+def test_paths_of_angles_are_at_their_times():
+    """Of a velocity of one radian per unit of time, on nodes that are no even steps."""
+
+    class Turning(torch.nn.Module):
+        event_dim = 1
+
+        def forward(self, t, x, context=None):
+            return torch.ones_like(x)
+
+    transform = InterpolantTransform(Turning(), interpolant=Geodesic())
+    turning = InterpolantDistribution(transform, UniformTorus(1), support=circular)
+    for line in plotting.trajectories(turning, count=20, steps=8).lines:
+        time, angle = line.get_xydata().T
+        seen = np.isfinite(angle)
+        turned = (angle[seen] - angle[0] + 1e-6) % (2 * np.pi)
+        assert turned == pytest.approx(time[seen], abs=1e-5)
+
+
+@pytest.mark.parametrize("support", [constraints.unit_interval, constraints.nonnegative])
+def test_arrows_in_a_box_that_ends_on_the_edge_of_a_support(support):
+    distribution = flow(2, support=support)
+    ax = plotting.density(distribution, extent=(0, 1, 0, 1), points=16, velocity=True)
+    arrows = ax.collections[1]
+    x, v = torch.as_tensor(arrows.XY), torch.as_tensor(np.stack((arrows.U, arrows.V), -1))
+    inside = ((x > 0) & (x < 1)).all(-1)
+    transform, to_values = distribution.transform, torch.distributions.biject_to(support)
+    whitening = transform.flow.whitening
+    w = whitening.to_white(to_values.inv(x[inside]))
+    rate = whitening.push(transform.velocity(torch.tensor(1.0), w))
+    _, expected = torch.func.jvp(to_values, (to_values.inv(x[inside]),), (rate,))
+    torch.testing.assert_close(v[inside], expected)
+
+
+@pytest.mark.parametrize("kind", ["uint16", "int16", "float16"])
+def test_counts_of_any_type_are_drawn_beside_simulated_ones(kind):
+    y = np.array([7, 3, 60_000 if kind == "uint16" else 5], kind)
+    ax = plotting.predictive_check(y, np.stack((y, y)))
+    assert ax.lines[0].get_ydata().tolist() == sorted(y.tolist())
+
+
+def test_whole_levels_of_a_wider_type_are_not_cut_to_white():
+    levels = torch.arange(12, dtype=torch.uint8).reshape(1, 1, 3, 4) * 20
+    with pytest.raises(ValueError, match=r"whole levels as uint8, .* got torch\.int64 up to 220"):
+        plotting.images(levels.long())
+    masks = plotting.images(levels > 100), plotting.images((levels > 100).long())
+    shown = [torch.as_tensor(ax.images[0].get_array()) for ax in masks]
+    assert torch.equal(*shown)

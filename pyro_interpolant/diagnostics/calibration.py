@@ -112,6 +112,8 @@ def log_prob_stderr(
     and 71% with 2, or 50% where D is 2, too, and both may be alike. Rows share
     their probes: the error of a mean over rows does not fall with their number. What the
     solver's steps add is not in it: of images, whose solver is set by samples, it may be more.
+    A base that is a flow has probes of its own, whose error is not counted: measure it by itself,
+    on draws of ``distribution.base``.
 
     Args:
         distribution: A flow; zero where its divergence is exact.

@@ -130,7 +130,7 @@ def recompute_largest(
     ratio = log_p - log_q
     largest = torch.where(torch.isnan(ratio), -math.inf, ratio).topk(count).indices
     new = finer.log_prob(x[largest])
-    change = (new - log_q[largest]).abs().nan_to_num(math.inf)
+    change = (new - log_q[largest]).abs().nan_to_num(math.inf, math.inf)
     return log_q.index_copy(0, largest, new), float(change.mean())
 
 
@@ -176,11 +176,12 @@ def change_of_mean(before: Tensor, after: Tensor) -> float:
         before: Log weights, shape ``(N,)``.
         after: Those of the same draws, otherwise computed; infinite where none is positive.
     """
+    before, after = (finite_or_minus_inf(w) for w in (before, after))
     shift = torch.maximum(before.max(), after.max())
     old, new = ((w - shift).double().exp() for w in (before, after))
     ratio = new.mean() / old.mean()
     chance = (new - ratio * old).std() / (new.mean() * math.sqrt(len(new)))
-    return float(torch.hypot(ratio.log(), chance).nan_to_num(math.inf))
+    return float(torch.hypot(ratio.log(), chance).nan_to_num(math.inf, math.inf))
 
 
 class WeightedDraws(NamedTuple):

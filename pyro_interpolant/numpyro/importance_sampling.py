@@ -163,7 +163,7 @@ def _weighed(
     ratio = log_p - log_q
     chosen = jnp.argsort(jnp.where(jnp.isnan(ratio), -jnp.inf, ratio))[-largest:]
     new = _finer(posterior).log_prob(z[chosen])
-    change = jnp.nan_to_num(jnp.abs(new - log_q[chosen]), nan=jnp.inf).mean()
+    change = jnp.nan_to_num(jnp.abs(new - log_q[chosen]), nan=jnp.inf, posinf=jnp.inf).mean()
     return z, log_p, log_q.at[chosen].set(new), float(change)
 
 

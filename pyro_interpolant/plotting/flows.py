@@ -29,8 +29,8 @@ from ..transforms.gaussianize import Gaussianized
 from .axes import (
     DATA_COLOR,
     MODEL_COLOR,
-    SCATTER_POINTS,
     THIRD_COLOR,
+    as_points,
     axes_array,
     extent_of,
     new_axes,
@@ -154,7 +154,7 @@ def evolution(
     """
     check_ranges(
         ("at least one time", len(times) > 0, times),
-        ("as many axes as times", ax is None or len(ax) == len(times), ax),
+        ("as many axes as times", ax is None or np.asarray(ax).shape == (len(times),), ax),
     )
     _check_single(distribution)
     if ax is None:
@@ -230,8 +230,6 @@ def conditional(
             "expected a ConditionalInterpolantDistribution, whose contexts are given beside it, "
             f"got {type(distribution).__name__}"
         )
-    if data is not None:
-        check_same_order(y=data[0], context=data[1])
     flow = distribution.transform.flow
     if flow.event_dim > 1:
         raise ValueError(
@@ -247,8 +245,10 @@ def conditional(
     check_ranges((f"contexts that differ in column {column}", varies, f"{along[0]:g} alone"))
     names = names or distribution.context_columns
     taken = in_order(torch.as_tensor(contexts), names, distribution.context_columns, "context")
+    shown = None if data is None else _points(data, names, column, width)
     given = _of_values(distribution).condition(taken.to(flow.loc))
-    q = torch.tensor([0.005, *levels, 0.995])[:, None].to(flow.loc)
+    ends = min((0.005, *levels)), max((0.995, *levels))
+    q = torch.tensor([ends[0], *levels, ends[1]])[:, None].to(flow.loc)
     with torch.no_grad():
         lines = given.icdf(q.expand(-1, len(along))).reshape(len(q), -1)
         values = _line(float(lines[0].min()), float(lines[-1].max()), points).to(lines)
@@ -256,9 +256,8 @@ def conditional(
         density = given.log_prob(grid.reshape(*grid.shape, *given.event_shape)).exp()
     heights, ax = density.cpu().numpy(), new_axes(ax)
     ax.pcolormesh(along, values.cpu().numpy(), heights, shading="gouraud", cmap="magma_r")
-    if data is not None:
-        y, c = (part[:SCATTER_POINTS] for part in (table(data[0])[0], table(data[1], names)[0]))
-        ax.scatter(c[:, column], y[:, 0], s=3, color=DATA_COLOR, linewidths=0, label="data")
+    if shown is not None:
+        ax.scatter(*shown.T, s=3, color=DATA_COLOR, linewidths=0, label="data")
     for i, (level, line) in enumerate(zip(levels, lines[1:-1].cpu().numpy(), strict=True)):
         name = ", ".join(f"{100 * x:g}%" for x in levels) if i == 0 else None
         width = 1.6 if level == 0.5 else 0.8
@@ -267,6 +266,24 @@ def conditional(
     ax.set_xlim(along.min(), along.max())
     ax.legend(frameon=False)
     return ax
+
+
+def _points(
+    data: tuple[RowsLike, ArrayLike], names: Sequence[str], column: int, width: int
+) -> np.ndarray:
+    """Return a column of contexts and outcomes, to show as points, shape ``(*, 2)``.
+
+    Args:
+        data: Outcomes, shape ``(N, 1)``, and their contexts, shape ``(N, C)``.
+        names: The names of the columns of contexts, or none.
+        column: Which one.
+        width: Their number C.
+    """
+    check_same_order(y=data[0], context=data[1])
+    y, c = table(data[0])[0], table(data[1], names)[0]
+    wanted = f"data of shapes (N, 1) and (N, {width}), outcomes and contexts"
+    check_ranges((wanted, (*y.shape, *c.shape) == (len(c), 1, len(y), width), (y.shape, c.shape)))
+    return as_points(np.stack((c[:, column], y[:, 0]), 1))
 
 
 def _of_values(
@@ -297,17 +314,23 @@ def _paths(
         x = to_values(distribution, flow.integrate(w, path, forward=True))
     x, times = x.reshape(*x.shape[:2], -1), path.times[0]
     if isinstance(distribution.space, CircularSupport):
-        between = (x[1:] + x[:-1]) / 2
-        between[(x.diff(dim=0).abs() > math.pi).any(-1)] = math.nan
-        x = torch.cat((torch.stack((x[:-1], between), 1).flatten(0, 1), x[-1:]))
-        times = torch.linspace(float(times[0]), float(times[-1]), len(x))
+        crosses = (x.diff(dim=0).abs() > math.pi).any(-1)
+        times, x = (_with_middles(part) for part in (times, x))
+        x[1::2][crosses] = math.nan
     return times.numpy(), x.cpu().numpy()
+
+
+def _with_middles(x: Tensor) -> Tensor:
+    """Return points, shape ``(S, *)``, and the middles between them, shape ``(2 S - 1, *)``."""
+    found = x.repeat_interleave(2, dim=0)[:-1]
+    found[1::2] = (x[1:] + x[:-1]) / 2
+    return found
 
 
 def _extent(distribution: InterpolantDistribution) -> tuple[float, ...]:
     """Return the bounds of samples, those of each dimension in turn."""
     x = distribution.sample((_EXTENT_SAMPLES,))
-    return extent_of(x.reshape(len(x), -1))
+    return extent_of(x.reshape(len(x), -1).double().cpu().numpy())
 
 
 def _line(low: float, high: float, points: int) -> Tensor:
@@ -361,6 +384,8 @@ def _velocity(distribution: InterpolantDistribution, x: Tensor) -> Tensor:
     transform = distribution.transform
     flow = transform.flow
     t = torch.tensor(transform.end).to(x)
-    w = flow.whitening.to_white(distribution.to_flow(x))
+    # On the edge of a support, too, where values have no place that is finite, and do not move.
+    real = x if distribution.space.is_real() else distribution.transforms[-1].inv(x).to(x)
+    w = flow.whitening.to_white(real)
     v = evaluate(flow.velocity, t, w, transform.context)
     return torch.func.jvp(partial(to_values, distribution), (w,), (v,))[1].reshape(len(x), -1)

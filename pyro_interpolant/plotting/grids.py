@@ -26,7 +26,8 @@ def images(x: ArrayLike, *, columns: int | None = None, ax: "Axes | None" = None
         ax: Axes, or None for new ones.
 
     Raises:
-        ValueError: If images have another shape, or there are none, or no columns.
+        ValueError: If images have another shape, or there are none, or no columns, or whole
+            levels are of another type.
     """
     check_ranges(whole("columns", columns, 1, or_none=True))
     values = as_tensor(x, "images").detach().cpu()
@@ -34,8 +35,15 @@ def images(x: ArrayLike, *, columns: int | None = None, ax: "Axes | None" = None
         raise ValueError(
             f"expected images of shape (N, 1, H, W) or (N, 3, H, W), got {tuple(values.shape)}"
         )
-    values = values / (LEVELS - 1) if values.dtype == torch.uint8 else values
-    grid = _grid(values.double().clamp(0, 1), columns)
+    numbers = values.double()
+    if values.dtype == torch.uint8:
+        numbers = numbers / (LEVELS - 1)
+    elif not values.is_floating_point() and bool((numbers > 1).any()):
+        raise ValueError(
+            f"expected whole levels as uint8, or numbers in [0, 1], got {values.dtype} up to "
+            f"{numbers.max():g}: pass x.byte(), or x / highest level"
+        )
+    grid = _grid(numbers.clamp(0, 1), columns)
     ax = new_axes(ax)
     if grid.shape[-1] == 1:
         ax.imshow(grid[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")

@@ -12,7 +12,7 @@ from .._package import check_ranges, whole
 from ..distributions.interpolant import ConditionalInterpolantDistribution
 from ..distributions.joint import JointInterpolantDistribution
 from ..distributions.rows import RowsLike, checked_rows, in_order, named_columns
-from .axes import DATA_COLOR, MODEL_COLOR, SCATTER_POINTS, axes_array, extent_of, shares
+from .axes import DATA_COLOR, MODEL_COLOR, as_points, axes_array, extent_of, shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,10 +53,15 @@ def corner(
     pair = ((rows, DATA_COLOR, "data"), (drawn, MODEL_COLOR, "model"))
     dim = rows.shape[-1]
     names = (found or [f"$x_{{{i + 1}}}$" for i in range(dim)]) if names is None else names
-    check_ranges((f"{dim} names, one per column", len(names) == dim, names))
+    given = np.asarray(ax).shape
+    fits = ax is None or given == (dim, dim)
+    check_ranges(
+        (f"{dim} names, one per column", len(names) == dim, names),
+        (f"{dim} x {dim} axes in an array", fits, f"shape {given}"),
+    )
     if ax is None:
         ax = axes_array(dim, dim, (1.6 * dim + 1, 1.6 * dim + 1))
-    boxes = np.array([extent_of(torch.as_tensor(part)) for part, *_ in pair]).reshape(2, dim, 2)
+    boxes = np.array([extent_of(part) for part, *_ in pair]).reshape(2, dim, 2)
     low, high = boxes[..., 0].min(0), boxes[..., 1].max(0)
     for i, j in np.ndindex(dim, dim):
         one = ax[i][j]
@@ -71,7 +76,7 @@ def corner(
                 continue
             _contours(one, part[:, [j, i]], (low[[j, i]], high[[j, i]]), levels, color)
             if label == "data":
-                x, y = part[:SCATTER_POINTS, j], part[:SCATTER_POINTS, i]
+                x, y = as_points(part[:, [j, i]]).T
                 one.scatter(x, y, s=2, alpha=0.2, color=color, linewidths=0, zorder=0)
         one.set(xlabel=names[j] if i == dim - 1 else "", ylabel=names[i] if j == 0 < i else "")
         one.set_xlim(low[j], high[j])

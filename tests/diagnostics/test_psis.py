@@ -16,6 +16,7 @@ from pyro_interpolant import (
 from pyro_interpolant.diagnostics.psis import (
     K_HAT_LIMIT,
     _fit_tail,
+    change_of_mean,
     effective_sample_size,
     log_mean_weight,
     pareto_smooth,
@@ -169,6 +170,16 @@ def test_draws_without_a_density_are_not_known_to_be_right():
     x = torch.tensor([[0.5, 0.5], [3.0, 0.0]])  # beyond the bounds of the base
     log_q = flow.log_prob(x)
     assert recompute_largest(flow, x, torch.zeros(2), log_q, 2)[1] == math.inf
+    assert recompute_largest(flow, x, torch.zeros(2), torch.zeros(2), 2)[1] == math.inf
+
+
+def test_the_change_of_a_mean_weight_without_one_is_infinite():
+    some, none = torch.randn(50), torch.full((50,), -math.inf)
+    for before, after in ((some, none), (none, some), (none, none)):
+        assert change_of_mean(before, after) == math.inf
+    unknown, zero = some.clone(), some.clone()
+    unknown[3], zero[3] = math.nan, -math.inf  # no density, no weight
+    assert change_of_mean(unknown, some) == change_of_mean(zero, some) < math.inf
 
 
 @pytest.mark.parametrize(("seconds", "count"), [(-1.0, 100), (60.0, 5000), (math.inf, 5000)])
