@@ -695,13 +695,6 @@ def test_arrows_in_a_box_that_ends_on_the_edge_of_a_support(support):
     torch.testing.assert_close(v[inside], expected)
 
 
-@pytest.mark.parametrize("kind", ["uint16", "int16", "float16"])
-def test_counts_of_any_type_are_drawn_beside_simulated_ones(kind):
-    y = np.array([7, 3, 60_000 if kind == "uint16" else 5], kind)
-    ax = plotting.predictive_check(y, np.stack((y, y)))
-    assert ax.lines[0].get_ydata().tolist() == sorted(y.tolist())
-
-
 def test_whole_levels_of_a_wider_type_are_not_cut_to_white():
     levels = torch.arange(12, dtype=torch.uint8).reshape(1, 1, 3, 4) * 20
     with pytest.raises(ValueError, match=r"whole levels as uint8, .* got torch\.int64 up to 220"):

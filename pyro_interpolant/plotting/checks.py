@@ -127,18 +127,17 @@ def predictive_check(y: ArrayLike, simulated: ArrayLike, *, ax: "Axes | None" = 
         ValueError: If simulated data are of another shape, or there are none, or NaN or infinite
             numbers.
     """
-    given = as_tensor(y), as_tensor(simulated, "simulated data")
-    y, simulated = (part.detach().double().cpu() for part in given)  # torch sorts not all types
+    y, simulated = as_tensor(y), as_tensor(simulated, "simulated data")
     if simulated.shape[1:] != y.shape:
         want, got = tuple(y.shape), tuple(simulated.shape)
         raise ValueError(f"expected simulated data of shape (S, *{want}), got {got}")
     check_ranges(("numbers of data and simulations", simulated.numel() > 0, "none"))
     if not all(bool(part.isfinite().all()) for part in (y, simulated)):
         raise ValueError("expected finite data, got NaN or infinite numbers, which have no order")
-    rows = simulated.reshape(len(simulated), -1)
+    rows = simulated.detach().double().cpu().reshape(len(simulated), -1)
     ax, ordered = new_axes(ax), rows.sort(1).values
     low, high = ordered.quantile(ordered.new_tensor([0.025, 0.975]), dim=0).numpy()
-    places, values = np.linspace(0, 1, len(low)), y.flatten().sort().values
+    places, values = np.linspace(0, 1, len(low)), y.detach().cpu().flatten().sort().values
     ax.fill_between(places, low, high, color=MODEL_COLOR, alpha=0.25, label="simulated, 95%")
     ax.plot(places, values, ".", color=DATA_COLOR, markersize=4, label="data")
     ax.set(xlabel="share of the data below", ylabel="value")

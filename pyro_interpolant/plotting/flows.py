@@ -257,7 +257,8 @@ def conditional(
     heights, ax = density.cpu().numpy(), new_axes(ax)
     ax.pcolormesh(along, values.cpu().numpy(), heights, shading="gouraud", cmap="magma_r")
     if shown is not None:
-        ax.scatter(*shown.T, s=3, color=DATA_COLOR, linewidths=0, label="data")
+        x, y = shown.T
+        ax.scatter(x, y, s=3, color=DATA_COLOR, linewidths=0, label="data")
     for i, (level, line) in enumerate(zip(levels, lines[1:-1].cpu().numpy(), strict=True)):
         name = ", ".join(f"{100 * x:g}%" for x in levels) if i == 0 else None
         width = 1.6 if level == 0.5 else 0.8
