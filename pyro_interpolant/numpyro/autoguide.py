@@ -198,6 +198,7 @@ def fit_guide(
     from .. import distributions, transforms
     from .._torch import seeded
     from ..infer import autoguide, train_from_density
+    from ..infer.amortization import check_settings
     from ..infer.importance_sampling import GuideResult, importance_verdict
     from ..nn import VelocityMLP
     from ..training import fit
@@ -226,6 +227,7 @@ def fit_guide(
                 posterior, density, **{"start": start, **settings}
             )
         else:
+            check_settings(settings)
             rows = torch.tensor(np.asarray(_packed(guide, samples, args, kwargs)), dtype=dtype)
             training = fit(posterior, rows, **settings)
         # The guide's, whose base is N(0, I): fit may have set another.

@@ -1225,8 +1225,10 @@ def test_rounds_of_a_guide_in_another_type_than_its_model():
     guide, y = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,)), torch.randn(ROWS)
     guide(y)
     guide.to(torch.float32)
+    state = torch.get_rng_state()
     pi.fit_guide(guide, y, simulations=300, rounds=2, **QUICK)
     assert guide.posterior.refined_for is not None
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_posterior_without_names_and_an_embedding_that_is_no_module_are_refused():

@@ -364,6 +364,21 @@ def test_a_refused_training_leaves_a_guide_as_it_was():
     assert vars(guide) == before
 
 
+@pytest.mark.parametrize("name", ["base_samples", "context"])
+def test_options_that_would_make_another_guide_are_refused(name):
+    """The guide draws from N(0, I), whatever else it was trained from."""
+    draws = {"x": jnp.zeros((50, 2))}
+    with pytest.raises(ValueError, match=f"other options of fit than {name}: a guide starts"):
+        fit_guide(
+            AutoInterpolant(conjugate),
+            KEY,
+            jnp.ones(2),
+            **QUICK,
+            samples=draws,
+            options={name: torch.zeros(50, 2), "steps": 2},
+        )
+
+
 def in_plate(y):
     with numpyro.plate("rows", 3):
         x = numpyro.sample("x", dist.Gamma(3.0, 1.0))

@@ -217,6 +217,27 @@ def test_the_lipschitz_constant_is_the_spectral_norm_in_data_coordinates():
     assert bound.lipschitz == pytest.approx(float(expected))
 
 
+class Attending(nn.Module):
+    """The mean of the numbers of a row, by torch's attention that is the same to all."""
+
+    def __init__(self):
+        super().__init__()
+        self.event_dim, self.heads = 3, nn.MultiheadAttention(1, 1, bias=False, batch_first=True)
+        with torch.no_grad():
+            self.heads.in_proj_weight.copy_(torch.tensor([[0.0], [0.0], [1.0]]))
+            self.heads.out_proj.weight.fill_(1.0)
+
+    def forward(self, t, x, context=None):
+        places = x.reshape(-1, 3, 1)
+        return self.heads(places, places, places, need_weights=False)[0].reshape(x.shape)
+
+
+def test_the_lipschitz_constant_of_attention():
+    """That of torch has no forward mode on the CPU."""
+    flow = InterpolantDistribution(InterpolantTransform(Attending()))
+    assert w2_bound(flow, torch.randn(5, 3)).lipschitz == pytest.approx(1.0)
+
+
 def test_rows_of_the_same_seed_are_paired_with_other_base_draws():
     torch.manual_seed(0)
     x = torch.randn(4000, 2)  # what the default seed draws for the base
