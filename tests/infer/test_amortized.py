@@ -437,6 +437,7 @@ def test_improper_simulations_are_counted_and_left_out():
     assert bool((found.latents["w"] <= 1.0).all())
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_improper_simulations_are_a_share_of_all_and_no_lack_of_time(monkeypatch):
     def model(y=None):
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
@@ -800,6 +801,7 @@ def test_covariates_that_the_guide_is_not_given_must_be_those_of_its_training(
         guide(**args)
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_an_embedding_that_is_frozen_stays_as_it_is_from_run_to_run():
     embedding = pi.nn.SetEmbedding(1).requires_grad_(requires_grad=False)
     guide = pi.AmortizedInterpolant(rows_of_a_normal, embedding=embedding, hidden_dims=(8,))
@@ -1221,12 +1223,13 @@ def test_what_a_new_network_is_made_of_is_refused_beside_a_posterior(made):
         pi.AmortizedInterpolant(rows_of_a_normal, posterior=guide.posterior, **made)
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_rounds_of_a_guide_in_another_type_than_its_model():
     guide, y = pi.AmortizedInterpolant(rows_of_a_normal, hidden_dims=(8,)), torch.randn(ROWS)
     guide(y)
     guide.to(torch.float32)
     state = torch.get_rng_state()
-    pi.fit_guide(guide, y, simulations=300, rounds=2, **QUICK)
+    pi.fit_guide(guide, y, simulations=300, rounds=2, **QUICK | {"options": {"steps": 3}})
     assert guide.posterior.refined_for is not None
     assert torch.equal(torch.get_rng_state(), state)
 

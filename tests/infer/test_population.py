@@ -1016,7 +1016,7 @@ def test_an_interrupted_run_returns_the_best_weights(monkeypatch):
 
 
 @pytest.mark.usefixtures("_small_runs")
-@pytest.mark.parametrize(("limit", "looks"), [(70.0, 2), (600.0, 10), (math.inf, 10)])
+@pytest.mark.parametrize(("limit", "looks"), [(70.0, 2), (300.0, 10), (math.inf, 10)])
 def test_looks_take_a_fifth_of_the_time_at_most_and_the_last_is_at_the_end(
     monkeypatch, limit, looks
 ):
@@ -1476,8 +1476,9 @@ def test_latents_are_drawn_on_one_thread_but_for_solves(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", [None, 1])
-def test_posteriors_and_evidences_do_not_depend_on_the_number_of_threads(seed):
-    """Sets of 256 rows go side by side, and a seed's numbers are those of each set."""
+def test_posteriors_and_evidences_do_not_depend_on_the_number_of_threads(seed, monkeypatch):
+    """Sets of rows go side by side, and a seed's numbers are those of each set."""
+    monkeypatch.setattr("pyro_interpolant.infer.latents._SET_ROWS", 40)
     flow, seen = gaussian(), []
 
     def noise(x, row):
@@ -1486,7 +1487,7 @@ def test_posteriors_and_evidences_do_not_depend_on_the_number_of_threads(seed):
         assert not torch.distributions.Distribution._validate_args
         return dist.Normal(x, row).to_event(1)
 
-    y, sds = torch.randn(600, 2), torch.full((600, 2), 0.3)
+    y, sds = torch.randn(90, 2), torch.full((90, 2), 0.3)
     rows = measurements(y, sds)
     catalogue = NoisyRows(of_population(rows, flow), flow.transform.flow.loc)
     found = []
@@ -1496,26 +1497,27 @@ def test_posteriors_and_evidences_do_not_depend_on_the_number_of_threads(seed):
         seen.clear()
         found.append(object_posteriors(flow, y, noise, noise_data=sds, draws=100, seed=seed))
         with torch.no_grad(), one_thread_each():
-            found[-1] += catalogue.log_evidence(flow, torch.arange(600), finely=False)
+            found[-1] += catalogue.log_evidence(flow, torch.arange(90), finely=False)
         assert len(set(seen)) == (1 if threads == 1 else 3)  # that of the check
     for one, two in zip(*found, strict=True):
         assert torch.equal(one, two)
     assert torch.distributions.Distribution._validate_args  # off beside noise, for all threads
     own = found[0][0] - y[:, None]  # beside shared draws, those of each set
-    assert not torch.equal(own[:256, 50:], own[256:512, 50:])
+    assert not torch.equal(own[:40, 50:], own[40:80, 50:])
 
 
 @pytest.mark.parametrize("apart", [True, False])
-def test_sets_go_one_by_one_where_threads_would_meet(apart):
+def test_sets_go_one_by_one_where_threads_would_meet(apart, monkeypatch):
     """Where a call of the network is more than its layers, or autocast is on, for one thread."""
+    monkeypatch.setattr("pyro_interpolant.infer.latents._SET_ROWS", 40)
     flow, seen = gaussian(), set()
 
     def noise(x, row):
         seen.add(threading.current_thread())
         return dist.Normal(x, row).to_event(1)
 
-    arguments = torch.randn(600, 2), noise
-    options = {"noise_data": torch.full((600, 2), 0.3), "draws": 100, "seed": 0}
+    arguments = torch.randn(90, 2), noise
+    options = {"noise_data": torch.full((90, 2), 0.3), "draws": 100, "seed": 0}
     torch.set_num_threads(2)
     with torch.autocast("cpu", enabled=not apart):
         object_posteriors(flow, *arguments, **options)

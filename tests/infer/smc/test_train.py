@@ -664,6 +664,7 @@ def test_tempering_ends_with_the_time_and_says_how_far_it_came(monkeypatch):
     assert sum(rows) <= 100 * (train._LEAST_LEVELS * (2 * kernel.leaps + 1) + 1 + kernel.leaps)
 
 
+@pytest.mark.usefixtures("_small_runs")
 def test_few_particles_are_more_than_there_are_dimensions():
     density = LogDensity(gaussian(torch.zeros(80), torch.eye(80)).log_prob)
     with torch.no_grad():
