@@ -38,7 +38,7 @@ from .names import Names
 from .objective import Objective
 from .paths import Points
 from .repeats import random_order
-from .rows import Rows, checked_weights, drop_zero_weights
+from .rows import Rows, drop_zero_weights
 from .whitening import warn_if_coarse
 
 DataLike = RowsLike | Iterable[Any]  # or batches: of rows, of (rows, contexts), with weights
@@ -144,7 +144,7 @@ class Table:
                 raise ValueError(
                     f"expected one partner per row of data, {count}, got {len(pairs)}"
                 )
-        found = found._replace(partner=pairs, weight=checked_weights(weights, count))
+        found = found._replace(partner=pairs, weight=weights)
         self.share = validation if isinstance(validation, float) else None
         self.held = 0  # how many, where no mask says which
         self.mask: Tensor | None = None
