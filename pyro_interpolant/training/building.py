@@ -35,6 +35,7 @@ from ..distributions.rows import (
     checked_context,
     checked_rows,
     names_of,
+    rows_held,
     subsample,
 )
 from ..distributions.supports import CircularSupport, Support, support_of
@@ -54,7 +55,6 @@ from .data import (
     as_held_out,
     checked_mask,
     mask_of,
-    rows_held,
 )
 from .fitting import check_options, fit
 from .image_rows import IMAGE_OPTIONS, are_images, are_levels
