@@ -68,7 +68,7 @@ def is_flat(support: Constraint | None, shape: Sequence[int]) -> bool:
     if support is None or is_all_real(support):
         return False
     with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-        return math.prod(biject_to(support).inverse_shape(torch.Size(shape))) < math.prod(shape)
+        return math.prod(biject(support).inverse_shape(torch.Size(shape))) < math.prod(shape)
     return False
 
 
@@ -153,7 +153,7 @@ def real_shape(shape: Sequence[int], support: Constraint) -> torch.Size:
         ValueError: If the support has no events of that shape, for one because its bounds are
             tensors of another.
     """
-    transform = biject_to(support)
+    transform = biject(support)
     try:
         real = torch.Size(transform.inverse_shape(torch.Size(shape)))
         found = torch.Size(transform.forward_shape(real))
