@@ -134,8 +134,7 @@ def drop_zero_weights(weights: Any, *parts: Any, part: bool = False) -> tuple[An
         if isinstance(value, Mapping):
             return {name: kept(inner) for name, inner in value.items()}
         # Frames and masked arrays as they are: whole numbers with gaps are floats as a tensor.
-        may_miss = hasattr(value, "iloc") or is_masked(value)
-        may_miss = may_miss or bool(names_of(value))
+        may_miss = hasattr(value, "iloc") or is_masked(value) or names_of(value)
         value = value if may_miss else as_tensor(value, "rows")
         if tuple(value.shape[:1]) != (len(keep),):
             raise ValueError(
