@@ -38,8 +38,7 @@ def stated_support(base: Distribution) -> Constraint | None:
     if support is None or not isinstance(base, dist.MixtureSameFamily):
         return support
     inner = innermost_constraint(support)
-    bounds = [getattr(inner, name, 0.0) for name in ("lower_bound", "upper_bound")]
-    return support if all(torch.as_tensor(b).numel() == 1 for b in bounds) else None
+    return support if all(bound.numel() == 1 for bound in _bounds_of(inner)) else None
 
 
 def is_bounded(support: Constraint | None) -> bool:
@@ -47,8 +46,7 @@ def is_bounded(support: Constraint | None) -> bool:
     if support is None:
         return False
     support = innermost_constraint(support)
-    bounds = [getattr(support, name, math.inf) for name in ("lower_bound", "upper_bound")]
-    return support in _BOUNDED or all(bool(torch.as_tensor(b).isfinite().all()) for b in bounds)
+    return support in _BOUNDED or all(bool(b.isfinite().all()) for b in _bounds_of(support))
 
 
 def scalars_of(base: Distribution) -> Distribution:

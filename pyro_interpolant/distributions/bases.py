@@ -24,7 +24,7 @@ from ..transforms.interpolant import broadcast_batch
 from ..transforms.whitening import Whitening
 from .base_support import inside_base, stated_support
 from .constraints import Circular, is_discrete, is_flat
-from .rows import checked_rows
+from .rows import checked_rows, rows_held
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -207,7 +207,7 @@ class WhitenedBase:
         rows = self.base.rows
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         rows = rows[order.to(rows.device)]
-        count = max(1, round(share * len(rows)))
+        count = rows_held(share, len(rows))
         kept, held = rows[count:] if len(rows) > count else rows, rows[:count]
         return WhitenedBase(Samples(kept), self.whitening), WhitenedBase(
             Samples(held), self.whitening

@@ -20,7 +20,7 @@ from torch.distributions.constraint_registry import ConstraintRegistry
 from torch.distributions.transforms import ComposeTransform, ReshapeTransform
 
 from .._package import check_sizes
-from ..transforms.bijections import PerEvent, following, mended
+from ..transforms.bijections import PerEvent, biject
 
 Constraint = constraints.Constraint
 Sites = Mapping[str, tuple[torch.Size, Constraint]]  # shape and support, in the order of packing
@@ -68,7 +68,7 @@ def is_flat(support: Constraint | None, shape: Sequence[int]) -> bool:
     if support is None or is_all_real(support):
         return False
     with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-        return math.prod(biject_to(support).inverse_shape(torch.Size(shape))) < math.prod(shape)
+        return math.prod(biject(support).inverse_shape(torch.Size(shape))) < math.prod(shape)
     return False
 
 
@@ -100,7 +100,7 @@ def _of_components(registry: ConstraintRegistry, constraint: Any) -> Transform:
     raise NotImplementedError(f"no bijection to {constraint}: components have other bounds")
 
 
-for _registry in (biject_to, transform_to) if _OF_MIXTURES else ():
+for _registry in (biject, biject_to, transform_to) if _OF_MIXTURES else ():
     _registry.register(_OF_MIXTURES, partial(_of_components, _registry))
 
 
@@ -111,15 +111,6 @@ def _(constraint: Circular) -> Transform:
         "no smooth bijection maps real vectors to angles: for inference use base_space(model), "
         "which samples the flow's base instead"
     )
-
-
-def biject(support: Constraint) -> Transform:
-    """Return the registered bijection to a support, with what is torch's own put right in it.
-
-    Raises:
-        NotImplementedError: If there is none.
-    """
-    return mended(biject_to(following(support)))
 
 
 def bijection(support: Constraint) -> Transform:
@@ -162,7 +153,7 @@ def real_shape(shape: Sequence[int], support: Constraint) -> torch.Size:
         ValueError: If the support has no events of that shape, for one because its bounds are
             tensors of another.
     """
-    transform = biject_to(support)
+    transform = biject(support)
     try:
         real = torch.Size(transform.inverse_shape(torch.Size(shape)))
         found = torch.Size(transform.forward_shape(real))
@@ -255,7 +246,7 @@ def _reshaping(registry: ConstraintRegistry, constraint: Shaped) -> Transform:
     return ComposeTransform([PerEvent(registry(constraint.base_constraint)), reshape])
 
 
-for _registry in (biject_to, transform_to):
+for _registry in (biject, biject_to, transform_to):
     _registry.register(Shaped, partial(_reshaping, _registry))
 
 

@@ -21,9 +21,10 @@ from torch.distributions import constraints
 
 from .._torch import is_functional, is_tracing, warn_user
 from ..nn.velocity import is_beyond
+from ..transforms.bijections import biject
 from ..transforms.gaussianize import without_gaussianizer
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
-from .constraints import Constraint, Shaped, Sites, biject, bijection, real_shape
+from .constraints import Constraint, Shaped, Sites, bijection, real_shape
 from .flow import FlowDistribution, Values
 from .interpolant import (
     AnyDistribution,

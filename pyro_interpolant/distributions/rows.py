@@ -420,6 +420,11 @@ def subsample(count: int, most: int, weights: Tensor | None = None) -> Tensor:
     return torch.randint(count, (most,), generator=generator)
 
 
+def rows_held(share: float, count: int) -> int:
+    """Return how many of N rows a share to hold out are, one at least."""
+    return max(1, round(share * count))
+
+
 def weighted_indices(
     weights: Tensor, count: int, generator: torch.Generator | None = None
 ) -> Tensor:

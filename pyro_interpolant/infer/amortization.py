@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .._torch import warn_user
 from ..diagnostics.predictive import CalibrationCheck, band_of, coverage, sbc, tarp
 from ..diagnostics.psis import K_HAT_LIMIT
-from ..distributions.constraints import Constraint, biject, real_shape
+from ..distributions.constraints import Constraint, real_shape
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import ConditionalJointInterpolantDistribution, log_det_of_sites
 from ..distributions.rounding import are_close
@@ -27,6 +27,7 @@ from ..nn.embedded import EmbeddedVelocity
 from ..training.clock import Clock
 from ..training.fitting import FitResult, check_options
 from ..training.whitening import warn_if_coarse
+from ..transforms.bijections import biject
 from ..transforms.interpolant import ConditionalInterpolantTransform
 from .data import is_hidden
 from .importance_sampling import GOOD_SHARE, at_edges, importance_of

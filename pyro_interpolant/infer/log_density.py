@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch import draws, is_functorch_tensor, seeded, warn_user
 from ..diagnostics.psis import finite_or_minus_inf
-from ..distributions.constraints import biject
+from ..transforms.bijections import biject
 from .initialization import init_to_support
 from .runs import in_lanes, in_plate, plate_nesting, state_of_others
 from .sites import (

@@ -28,11 +28,11 @@ from torch import Tensor
 from torch.distributions import ComposeTransform, Transform
 
 from .._torch import broadcast_shapes, seeded, with_gradients
-from ..distributions.constraints import biject, is_all_real
+from ..distributions.constraints import is_all_real
 from ..distributions.joint import sample_in_place
 from ..distributions.rows import as_tensor
 from ..distributions.supports import OnEvents
-from ..transforms.bijections import Unseen
+from ..transforms.bijections import Unseen, biject
 from ..transforms.gaussianize import without_gaussianizer
 from .autoguide import AutoInterpolant
 from .reparam import holders, requested_value

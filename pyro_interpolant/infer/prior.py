@@ -7,7 +7,7 @@ import torch
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from torch import Tensor
 
-from ..distributions.constraints import biject
+from ..transforms.bijections import biject
 from .initialization import init_to_support
 from .log_density import LogJoint
 from .runs import in_lanes, in_plate, nodes_of

@@ -18,8 +18,8 @@ from pyro import poutine
 from torch import Tensor
 
 from .._torch import draws, seeded, warn_user
-from ..distributions.constraints import biject
 from ..distributions.supports import BijectiveSupport
+from ..transforms.bijections import biject
 from .log_density import log_prior_of
 from .runs import (
     Unobserved,

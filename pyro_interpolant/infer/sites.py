@@ -26,13 +26,14 @@ from torch.distributions import ComposeTransform, Transform, constraints, regist
 
 from .._package import check_ranges
 from .._torch import broadcast_shapes, is_functional
-from ..distributions.constraints import biject, innermost_constraint
+from ..distributions.constraints import innermost_constraint
 from ..distributions.interpolant import InterpolantDistribution
 from ..distributions.joint import pack, split, unpack
 from ..distributions.quasi_random import normal_points
 from ..distributions.rounding import are_close
 from ..distributions.rows import as_tensor
 from ..distributions.supports import OnEvents
+from ..transforms.bijections import biject
 from .validity import without_validation
 
 Site = dict[str, Any]  # a site of a trace, Pyro's message

@@ -35,6 +35,7 @@ from ..distributions.rows import (
     checked_context,
     checked_rows,
     names_of,
+    rows_held,
     subsample,
 )
 from ..distributions.supports import CircularSupport, Support, support_of
@@ -54,7 +55,6 @@ from .data import (
     as_held_out,
     checked_mask,
     mask_of,
-    rows_held,
 )
 from .fitting import check_options, fit
 from .image_rows import IMAGE_OPTIONS, are_images, are_levels
@@ -64,7 +64,7 @@ from .optimization import NonFiniteError
 from .preprocessing import KNOT_ROWS, preferred_support
 from .repeats import random_order
 from .reporting import stage, tell
-from .rows import Rows, checked_weights, drop_zero_weights
+from .rows import Rows, drop_zero_weights
 from .streaming import first_rows, is_stream
 from .whitening import whitening_map
 
@@ -452,7 +452,7 @@ def _with_map(
         )
     if fixed or marginals is False:
         return space.constraint, fit_options
-    weights = checked_weights(fit_options.get("weights"), len(rows))
+    weights = fit_options.get("weights")  # checked, with the rows
     real = space.unconstrained(rows)
     context = None if context is None else context.to(real.device)
     weights = None if weights is None else weights.to(real.device)

@@ -21,6 +21,7 @@ from ..distributions.rows import (
     check_same_order,
     checked_rows,
     contexts_of_rows,
+    rows_held,
     search_weights,
 )
 from .checkpoint import Checkpoint
@@ -38,7 +39,7 @@ from .names import Names
 from .objective import Objective
 from .paths import Points
 from .repeats import random_order
-from .rows import Rows, checked_weights, drop_zero_weights
+from .rows import Rows, drop_zero_weights
 from .whitening import warn_if_coarse
 
 DataLike = RowsLike | Iterable[Any]  # or batches: of rows, of (rows, contexts), with weights
@@ -129,7 +130,7 @@ class Table:
         self.given_names = Names().filled(data, context)
         self.names = Names.for_training(distribution, data, context, anew=anew)
         found = drop_zero_weights(weights, data, context, pairs, mask)
-        data, context, pairs, mask, weights = found
+        data, context, pairs, mask, weight = found
         data, context = self.names.ordered(data, context)
         pairs = self.names.at_base(pairs, "pairs", self.given_names.rows)
         found = rows_of(distribution, data, context)
@@ -144,7 +145,7 @@ class Table:
                 raise ValueError(
                     f"expected one partner per row of data, {count}, got {len(pairs)}"
                 )
-        found = found._replace(partner=pairs, weight=checked_weights(weights, count))
+        found = found._replace(partner=pairs, weight=weight)
         self.share = validation if isinstance(validation, float) else None
         self.held = 0  # how many, where no mask says which
         self.mask: Tensor | None = None
@@ -347,11 +348,6 @@ def rows_of(
             f"expected a context of shape ({count}, C) for a conditional flow, got none"
         )
     return Rows(rows, contexts_of_rows(context, flow, (), count, f"rows of {name}"))
-
-
-def rows_held(share: float, count: int) -> int:
-    """Return how many of N rows a share to hold out are."""
-    return max(1, round(share * count))
 
 
 def _held_of_share(share: float, count: int, most: int) -> int:

@@ -230,7 +230,7 @@ def fit(
         variance score estimation in diffusion models*, ICLR 2023 (means over rows).
     """
     clock, process = Clock(max_seconds), Process(fabric, own_rows=is_stream(data))
-    schedule = Schedule(steps, max_seconds, learning_rate, weight_decay, patience, ema, accumulate)
+    schedule = Schedule(steps, clock, learning_rate, weight_decay, patience, ema, accumulate)
     check_choices(learn, coupling, callback, tolerance, whiten, pairs)
     validation = as_held_out(validation)
     check_place(None if process.rank else checkpoint, checkpoint_every)
@@ -267,7 +267,7 @@ def fit(
         source.names.give_to(distribution)
         with trainable(objective.network), _explained(source, objective):
             batches = source.batches(split, objective)
-            run = Run(objective, batches, fixed, density, schedule, clock, callback, state)
+            run = Run(objective, batches, fixed, density, schedule, callback, state)
             run.to_the_end(progress=progress)
     outcome = run.outcome()
     distribution.freeze()
@@ -298,7 +298,7 @@ def check_options(options: Mapping[str, Any], own: Collection[str] = (), why: st
     if unknown:
         raise TypeError(f"expected options of fit, got {', '.join(unknown)}: see its arguments")
     given = {name: options.get(name, part.default) for name, part in known.items()}
-    Clock(given["max_seconds"])
+    given["clock"] = Clock(given["max_seconds"])
     Schedule(**{field.name: given[field.name] for field in dataclasses.fields(Schedule)})
     check_choices(*(given[name] for name in signature(check_choices).parameters))
     size = whole("batch_size", given["batch_size"], 1, or_none=True)
@@ -433,7 +433,7 @@ def _finish(run: Run, density: HeldOutDensity, tolerance: float, *, progress: bo
         tolerance: Of the calibration, nats.
         progress: Whether to show what is being done, and the report.
     """
-    process, deadline = run.process, run.clock.deadline()
+    process, deadline = run.process, run.schedule.clock.deadline()
     distribution, progress = density.distribution, progress and process.rank == 0
     taken = run.seconds(), run.monitor.selection.kept_step, run.descent.steps
     report = Report(distribution.transform.flow.event_dim, density.split.rows, *taken)

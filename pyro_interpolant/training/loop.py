@@ -78,7 +78,7 @@ class Schedule:
 
     Args:
         steps: The number of steps, or None.
-        max_seconds: The time, or None; whichever ends first.
+        clock: The time, with its limit; whichever ends first.
         learning_rate: The peak.
         weight_decay: AdamW's, or None until the number of rows decides it.
         patience: The percentage of the steps up to the best scores of rows held out, after which a
@@ -91,7 +91,7 @@ class Schedule:
     """
 
     steps: int | None
-    max_seconds: float | None
+    clock: Clock
     learning_rate: float
     weight_decay: float | None
     patience: int
@@ -117,7 +117,7 @@ class Schedule:
     @property
     def is_timed(self) -> bool:
         """Whether time is a limit: an infinite one is none."""
-        return self.max_seconds is not None and self.max_seconds < math.inf
+        return self.clock.limit < math.inf
 
     def decay(self, columns_per_row: float) -> float:
         """Return the weight decay, by default :math:`(70 D / N)^2`, at most 0.5, given D / N."""
@@ -290,8 +290,7 @@ class Run:
         batches: What gives the points of the steps, and tells its state.
         held: The points at which the held-out loss is evaluated.
         density: What gives the density of rows held out, or None.
-        schedule: When to stop, and the learning rate on the way.
-        clock: The time.
+        schedule: When to stop, with the clock, and the learning rate on the way.
         callback: Called at each look at rows held out; it stops the run by returning True.
         checkpoint: Where to keep the state, and what to resume from.
 
@@ -309,12 +308,10 @@ class Run:
         held: tuple[Points, ...],
         density: HeldOutDensity | None,
         schedule: Schedule,
-        clock: Clock,
         callback: Callback | None,
         checkpoint: Checkpoint | None,
     ) -> None:
-        self.batches, self.checkpoint = batches, checkpoint
-        self.schedule, self.clock = schedule, clock
+        self.batches, self.checkpoint, self.schedule = batches, checkpoint, schedule
         self.process, self.device = objective.process, objective.flow.loc.device
         self.threads = Threads(choose=objective.flow.loc.is_cpu and self.process.world == 1)
         columns, total = objective.flow.event_dim, self.process.agreed(batches.total)
@@ -373,7 +370,7 @@ class Run:
 
     def seconds(self) -> float:
         """Return the time spent, in this process and those it resumes."""
-        spent = self.clock.spent()
+        spent = self.schedule.clock.spent()
         return self.process.agreed(spent) if self.schedule.is_timed else spent
 
     def rate(self) -> float:
@@ -406,7 +403,7 @@ class Run:
         elif self.descent.is_stuck():
             return False
         seconds = self.seconds()
-        spent = self.clock.share(seconds + self.monitor.seconds)  # a last look is to come
+        spent = self.schedule.clock.share(seconds + self.monitor.seconds)  # a last look is to come
         self.done = max(self.descent.steps / self.length, spent)
         if self.descent.steps == 1:
             self.begun = self.done
@@ -431,7 +428,7 @@ class Run:
         """
         way = min(_LOOK_SHARE, _LOOK_GROWTH * self.done)
         if self.schedule.is_timed:
-            cost = _LOOK_TIMES * self.clock.share(self.monitor.seconds)
+            cost = _LOOK_TIMES * self.schedule.clock.share(self.monitor.seconds)
             self.next_look = self.done + max(way, min(_MOST_LOOK_SHARE, cost))
         else:
             way = max(way, _LEAST_LOOK_STEPS / self.length)
@@ -481,6 +478,6 @@ class Run:
         self.__dict__.update({name: numbers["run"][name] for name in ("done", "ended")})
         self.next_look = numbers["run"].get("next_look", self.done + _LOOK_SHARE)
         self.begun = numbers["run"].get("begun", 0.0)
-        self.clock.before = numbers["seconds"]
+        self.schedule.clock.before = numbers["seconds"]
         self.batches.restore(tensors, numbers["batches"])
         set_rng_state(tensors["generator"], self.device)

@@ -116,27 +116,33 @@ def drop_zero_weights(weights: Any, *parts: Any, part: bool = False) -> tuple[An
     Such rows may hold anything: a mask's are never looked at.
 
     Args:
-        weights: Weights, shape ``(N,)``, or None.
+        weights: Weights, shape ``(N,)``, of any type, or None.
         *parts: Tensors, arrays or data frames of N rows, or dictionaries of them.
         part: Whether they are a part of all rows, which may have no weight at all.
+
+    Raises:
+        ValueError: If weights are of another number, negative, not finite or all zero, or have no
+            finite sum.
     """
     if weights is None:
         return *parts, None
-    weights = checked_weights(weights, None, part=part)
+    weights = _checked_weights(weights, part=part)
     keep = weights > 0
+    keeps_all = bool(keep.all())
 
     def kept(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {name: kept(inner) for name, inner in value.items()}
         # Frames and masked arrays as they are: whole numbers with gaps are floats as a tensor.
-        may_miss = hasattr(value, "iloc") or is_masked(value)
-        may_miss = may_miss or bool(names_of(value))
+        may_miss = hasattr(value, "iloc") or is_masked(value) or names_of(value)
         value = value if may_miss else as_tensor(value, "rows")
         if tuple(value.shape[:1]) != (len(keep),):
             raise ValueError(
                 f"expected as many non-negative weights as rows, got {len(keep)} beside a tensor "
                 f"of shape {tuple(value.shape)}"
             )
+        if keeps_all:
+            return value
         if may_miss:
             index = keep.nonzero().flatten().cpu().numpy()
             if hasattr(value, "column_names"):  # a table of pyarrow
@@ -144,36 +150,18 @@ def drop_zero_weights(weights: Any, *parts: Any, part: bool = False) -> tuple[An
             return getattr(value, "iloc", value)[index]
         return value[keep.to(value.device)]
 
-    if not bool(keep.all()):
-        parts = tuple(None if value is None else kept(value) for value in parts)
-    return *parts, weights[keep]
+    return *(None if value is None else kept(value) for value in parts), weights[keep]
 
 
-def checked_weights(
-    weights: ArrayLike | None, count: int | None, *, part: bool = False
-) -> Tensor | None:
-    """Return weights of rows, shape ``(N,)``, or None.
-
-    Args:
-        weights: Numbers of any type, or None.
-        count: N, or None for any.
-        part: Whether these are the weights of a single batch, which may all be zero.
-
-    Raises:
-        ValueError: If they are of another number, negative, not finite or all zero, or
-            have no finite sum.
-    """
-    if weights is None:
-        return None
+def _checked_weights(weights: ArrayLike, *, part: bool) -> Tensor:
+    """Return weights of rows, shape ``(N,)``, of a floating type, if they are some."""
     weights = as_tensor(weights, "weights")
     weights = weights if weights.is_floating_point() else weights.double()  # counts, a mask
     weights = checked_rows(weights, "weights", ())
-    count = len(weights) if count is None else count
-    enough = part or float(weights.sum()) > 0
-    if len(weights) != count or float(weights.min()) < 0 or not enough:
+    if float(weights.min()) < 0 or not (part or float(weights.sum()) > 0):
         raise ValueError(
-            f"expected {count} non-negative weights, not all zero, got {len(weights)} with a "
-            f"minimum of {float(weights.min()):.3g}"
+            f"expected non-negative weights, not all zero, got {len(weights)} with a minimum of "
+            f"{float(weights.min()):.3g}"
         )
     if not bool(weights.double().sum().isfinite()):
         raise ValueError(

@@ -26,7 +26,7 @@ from .image_rows import are_levels, flips, is_image, most_held
 from .names import Names
 from .objective import Objective
 from .paths import Points
-from .rows import Rows, checked_weights, drop_zero_weights, keys_of
+from .rows import Rows, drop_zero_weights, keys_of
 from .shards import put_together
 from .survey import MOST_HELD, HeldOutKeys, Survey, Surveyed, check_rows_came_again, surveyed
 
@@ -171,7 +171,6 @@ class Stream:
             return self._no_rows(data)
         data, context = self.names.ordered(data, context)
         rows = rows_of(self.distribution, data, context)
-        weights = checked_weights(weights, len(rows.w))
         # Copied, for an iterable may fill the same tensor anew with each batch.
         return rows._replace(weight=weights).to(self.like.device).each(torch.clone)
 

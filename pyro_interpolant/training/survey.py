@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._torch import warn_user
+from ..distributions.rows import rows_held
 from .checkpoint import Checkpoint
 from .clock import Clock
 from .repeats import distinguished, shared_keys
@@ -180,7 +181,7 @@ class Survey:
         Args:
             share: The most of all rows, but for one row, with its copies, at least.
         """
-        count = max(1, min(self.most_held, round(share * self.total), self.total - 1))
+        count = min(rows_held(share, self.total), self.most_held, self.total - 1)
         rows, keys, shared = self.candidates()
         keys, order = keys.sort(stable=True)
         held_keys = HeldOutKeys.lowest(keys, shared, count)

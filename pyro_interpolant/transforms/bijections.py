@@ -5,11 +5,12 @@ coordinates to where the velocity moves. ``PerEvent`` wraps a bijection from rea
 support, such as :math:`y_i = e^{x_i}`, so that its log-determinant is one number an event;
 ``Cached`` remembers pairs as well, so that a sample is not inverted again; ``Unseen`` keeps the
 caches of other libraries from doing so. ``StickBreaking`` is torch's map to a simplex, which keeps
-small shares, and ``Between`` the last part of that to an interval, which follows its bounds.
+small shares, and ``Between`` the last part of that to an interval, which follows its bounds;
+``biject`` finds the bijection to a support, with these in it.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +18,20 @@ from torch.distributions import (
     AffineTransform,
     CatTransform,
     ComposeTransform,
+    IndependentTransform,
     SigmoidTransform,
+    StackTransform,
     StickBreakingTransform,
     Transform,
     biject_to,
     constraints,
     identity_transform,
-    transform_to,
 )
+from torch.distributions.constraint_registry import ConstraintRegistry
 from torch.nn.functional import logsigmoid, pad
 
 from .cache import CachedTransform, RealVectorTransform
 from .whitening import Whitening
-
-_PARTS = ("wrapped", "base_transform", "parts", "transforms")  # where transforms keep others
 
 
 class Whiten(CachedTransform):
@@ -192,71 +193,55 @@ class Between(AffineTransform):
         return self
 
 
-class _Moving(constraints.Constraint):
-    """An interval of which a bound is a tensor, and may be changed in place.
+class _Bijections(ConstraintRegistry):
+    """Torch's registry of bijections, in which some are others, wherever they are in a support."""
 
-    Args:
-        interval: The interval.
-        low: Its lower bound, of any shape.
-        high: Its upper bound.
-    """
+    def __call__(self, constraint: constraints.Constraint) -> Transform:
+        """Return the bijection to a constraint.
 
-    def __init__(
-        self, interval: constraints.Constraint, low: Tensor | float, high: Tensor | float
-    ) -> None:
-        self.interval, self.low, self.high = interval, low, high
-        super().__init__()
-
-    def __repr__(self) -> str:
-        """Name the interval."""
-        return repr(self.interval)
+        Raises:
+            NotImplementedError: If there is none.
+        """
+        own = type(constraint) in self._registry
+        return super().__call__(constraint) if own else biject_to(constraint)
 
 
-@biject_to.register(_Moving)
-@transform_to.register(_Moving)
-def _(constraint: _Moving) -> Transform:
-    return ComposeTransform([SigmoidTransform(), Between(constraint.low, constraint.high)])
+biject = _Bijections()
 
 
-def following(support: constraints.Constraint) -> constraints.Constraint:
-    """Return a support whose bijection follows bounds that are tensors, wherever they are in it.
-
-    That of torch does so for half lines, and not for intervals.
-    """
-    own = getattr(support, "__dict__", {})
-    if type(support) in (constraints.interval, constraints.half_open_interval):
-        bounds = own["lower_bound"], own["upper_bound"]
-        return _Moving(support, *bounds) if any(isinstance(b, Tensor) for b in bounds) else support
-    parts = {name: part for name, part in own.items() if name in ("base_constraint", "cseq")}
-    if not parts:
-        return support
-    changed = copy.copy(support)
-    for name, part in parts.items():
-        several = isinstance(part, list)
-        setattr(changed, name, [*map(following, part)] if several else following(part))
-    return changed
+@biject.register(constraints.simplex)
+def _(constraint: constraints.Constraint) -> Transform:
+    known = biject_to(constraint)  # which may be that of a user
+    return StickBreaking() if type(known) is StickBreakingTransform else known
 
 
-def mended(transform: Transform) -> Transform:
-    """Return a transform in which two parts of torch's are put right, wherever they are in it.
+@biject.register(constraints.interval)
+@biject.register(constraints.half_open_interval)
+def _(constraint: Any) -> Transform:
+    bounds = constraint.lower_bound, constraint.upper_bound
+    if not any(isinstance(bound, Tensor) for bound in bounds):
+        return biject_to(constraint)
+    return ComposeTransform([SigmoidTransform(), Between(*bounds)])
 
-    A simplex keeps its small shares, and joined parts, some of vectors, have one log-determinant
-    an event each: torch adds up what they say, and beside a vector's an element's broadcasts.
-    """
-    if type(transform) is StickBreakingTransform:
-        return StickBreaking()
-    if isinstance(transform, CatTransform) and transform.domain.event_dim > 0:
-        joined = [PerEvent(mended(part)) for part in transform.transforms]
-        return CatTransform(joined, transform.dim, transform.lengths)
-    parts = {name: part for name, part in vars(transform).items() if name in _PARTS}
-    if not parts:
-        return transform
-    changed = copy.copy(transform)
-    for name, part in parts.items():
-        several = isinstance(part, list)
-        new = [mended(inner) for inner in part] if several else mended(part)
-        setattr(changed, name, new)
-    return changed
+
+@biject.register(constraints.independent)
+def _(constraint: Any) -> Transform:
+    base = biject(constraint.base_constraint)
+    return IndependentTransform(base, constraint.reinterpreted_batch_ndims)
+
+
+@biject.register(constraints.stack)
+def _(constraint: Any) -> Transform:
+    return StackTransform([biject(part) for part in constraint.cseq], constraint.dim)
+
+
+@biject.register(constraints.cat)
+def _(constraint: Any) -> Transform:
+    parts = [biject(part) for part in constraint.cseq]
+    # Torch adds up what parts say, and beside a vector's log-determinant an element's broadcasts.
+    if any(part.domain.event_dim for part in parts):
+        parts = [PerEvent(part) for part in parts]
+    return CatTransform(parts, constraint.dim, constraint.lengths)
 
 
 def contents_of(transform: Transform) -> Iterator[Tensor | nn.Module]:

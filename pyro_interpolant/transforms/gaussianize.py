@@ -26,7 +26,7 @@ from torch.distributions import ComposeTransform, Transform, biject_to, constrai
 from torch.distributions.constraint_registry import ConstraintRegistry
 
 from .._torch import is_tracing
-from .bijections import PerEvent
+from .bijections import PerEvent, biject
 from .cache import RealVectorTransform
 
 Constraint = constraints.Constraint
@@ -255,7 +255,7 @@ def _composed(registry: ConstraintRegistry, constraint: Gaussianized) -> Transfo
     return ComposeTransform([constraint.gaussianizer, inner])
 
 
-for _registry in (biject_to, transform_to):
+for _registry in (biject, biject_to, transform_to):
     _registry.register(Gaussianized, partial(_composed, _registry))
 
 

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._package import check_ranges, number, whole
+from .._package import check_ranges, keep_whole, number
 from .._torch import seeded, with_gradients
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.rows import RowsLike, subsample
@@ -199,9 +199,8 @@ class _Pace:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        keep_whole(self, alternations=1, velocity_steps=1)
         check_ranges(
-            whole("alternations", self.alternations, 1),
-            whole("velocity_steps", self.velocity_steps, 1),
             number("learning_rate > 0", self.learning_rate, lambda n: n > 0),
             number("interpolant_rate > 0", self.interpolant_rate, lambda n: n > 0),
         )
@@ -219,14 +218,13 @@ class _Pace:
         ascent = _Ascent(objective, interpolant.weights())
         recent: list[Tensor] = []
         energies: list[float] = []
-        alternations, velocity_steps = int(self.alternations), int(self.velocity_steps)
-        every = max(1, alternations // 100)
-        for _ in range(int(_HEAD_START * alternations * velocity_steps)):
+        alternations, every = self.alternations, max(1, self.alternations // 100)
+        for _ in range(int(_HEAD_START * alternations * self.velocity_steps)):
             descent(batches.next(), self.learning_rate)
         rests = (1 - _REST_SHARE) * alternations
         steps = tqdm(range(alternations), disable=not progress, desc="transport", leave=False)
         for step in steps:
-            for _ in range(velocity_steps):
+            for _ in range(self.velocity_steps):
                 loss = descent(batches.next(), self.learning_rate)
                 recent += [] if loss is None else [-loss]
             if descent.is_stuck():

@@ -16,7 +16,8 @@ from pyro.ops.provenance import detach_provenance, track_provenance
 from torch.distributions import biject_to
 
 from pyro_interpolant import ConditionalInterpolantDistribution, InterpolantDistribution
-from pyro_interpolant.distributions.constraints import biject, shaped
+from pyro_interpolant.distributions.constraints import shaped
+from pyro_interpolant.transforms.bijections import biject
 
 FAILURE_RATE = 1e-9
 

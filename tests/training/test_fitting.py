@@ -33,6 +33,7 @@ from pyro_interpolant import (
     score,
 )
 from pyro_interpolant.training import FitResult, TrainingState, loop, reporting
+from pyro_interpolant.training.clock import Clock
 from pyro_interpolant.training.reporting import HeldOutDensity
 from pyro_interpolant.training.selection import Scores
 
@@ -130,7 +131,7 @@ def test_an_infinite_time_has_the_rates_and_looks_of_none(monkeypatch):
     rates = [
         [schedule.rate(i / 100, i) for i in range(100)]
         for schedule in (
-            loop.Schedule(100, limit, 1e-2, 0.0, 30, 0.9) for limit in (None, math.inf)
+            loop.Schedule(100, Clock(limit), 1e-2, 0.0, 30, 0.9) for limit in (None, math.inf)
         )
     ]
     assert rates[0] == rates[1]
@@ -326,7 +327,7 @@ def test_looks_are_a_share_of_the_way_apart_and_then_of_the_schedule():
 
 def test_time_that_passes_before_the_first_step_leaves_the_warm_up_of_the_rate():
     """Simulations take time of the run: the first steps after them are small even so."""
-    by_time = loop.Schedule(None, 100.0, 1e-2, None, 30, 0.999)
+    by_time = loop.Schedule(None, Clock(100.0), 1e-2, None, 30, 0.999)
     rates = [by_time.rate(0.3, taken) for taken in (0, 19, 39, 1000)]
     full = 1e-2 * 0.5 * (1 + math.cos(math.pi * 0.3))
     assert rates == pytest.approx([full / 40, full / 2, full, full])
@@ -334,9 +335,9 @@ def test_time_that_passes_before_the_first_step_leaves_the_warm_up_of_the_rate()
     full = [1e-2 * 0.5 * (1 + math.cos(math.pi * p)) for p in (0.26, 0.3, 0.35)]
     assert early == pytest.approx([full[0] / 2, full[1] / 2, full[2]])
     full = full[1]
-    by_steps = loop.Schedule(1000, None, 1e-2, None, 30, 0.999)
+    by_steps = loop.Schedule(1000, Clock(None), 1e-2, None, 30, 0.999)
     assert by_steps.rate(0.3, 0) == pytest.approx(full)
-    both = loop.Schedule(1000, 100.0, 1e-2, None, 30, 0.999)
+    both = loop.Schedule(1000, Clock(100.0), 1e-2, None, 30, 0.999)
     assert both.rate(0.3, 9) == pytest.approx(full / 2)
 
 
