@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.func import jacfwd, vmap
 
 from .._package import check_ranges, number, whole
-from .._torch import seeded
+from .._torch import forward_mode, seeded
 from ..distributions.interpolant import AnyDistribution, rows_given
 from ..distributions.report import with_error
+from ..nn.elementary import Elementary
 from ..nn.velocity import evaluate
 from ..solvers.ode import FixedGrid
 from ..transforms.flow import Flow
@@ -214,6 +215,7 @@ def _lipschitz(flow: Flow, t: Tensor, w: Tensor, context: Tensor | None) -> floa
     of_context = None  # the dimension of rows, where each has a context of its own
     if context is not None and context.dim() > 1:
         context, of_context = context[: len(t)], 0
-    jacobian = vmap(jacfwd(field), in_dims=(0, 0, of_context))(w, t, context)
+    with forward_mode(), Elementary():
+        jacobian = vmap(jacfwd(field), in_dims=(0, 0, of_context))(w, t, context)
     jacobian = flow.whitening.pull(flow.whitening.push(jacobian.mT).mT)
     return float(torch.linalg.matrix_norm(jacobian, ord=2).max())
