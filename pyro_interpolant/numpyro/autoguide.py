@@ -70,6 +70,9 @@ class AutoInterpolant(AutoContinuous):
         init_loc_fn: What the sites are where the model is first run, one of NumPyro's
             initialisation strategies; training starts elsewhere, from draws of the prior.
 
+    Raises:
+        TypeError: If the model is not callable.
+
     Example:
         >>> import numpyro, numpyro.distributions as dist
         >>> def model():
@@ -96,6 +99,8 @@ class AutoInterpolant(AutoContinuous):
         prefix: str = "auto",
         init_loc_fn: Callable[..., Any] = init_to_uniform,
     ) -> None:
+        if not callable(model):
+            raise TypeError(f"expected a model, a callable, got {type(model).__name__}")
         super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
         self.hidden_dims = hidden_dims
 
@@ -211,7 +216,7 @@ def fit_guide(
     with _kept_if_refused(guide):
         with handlers.seed(rng_seed=setup), sites_without_density_named(guide, args, kwargs):
             guide._setup_prototype(*args, **kwargs)
-        check_plates(guide)
+        check_plates(guide.prototype_trace)
         check_random_numbers(guide, args, kwargs)
         dtype = torch.float64 if jnp.result_type(float) == np.float64 else torch.float32
         limit = clock.part(autoguide.MODEL_SHARE)

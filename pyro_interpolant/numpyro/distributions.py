@@ -29,7 +29,7 @@ from .bases import base_log_prob, in_batch
 from .flow import to_white
 from .frozen import Weights
 from .given import given_value
-from .supports import OnEvents, backward, bijection, per_event, text_of
+from .supports import OnEvents, backward, bijection, in_own_type, per_event, text_of
 from .transforms import InterpolantTransform
 
 __all__ = [
@@ -321,7 +321,7 @@ class JointInterpolantDistribution(InterpolantDistribution):
         for name, _, real, transform, _ in self._parts():
             part = packed[..., start : start + math.prod(real)]
             start += math.prod(real)
-            sites[name] = transform(part.reshape(*part.shape[:-1], *real))
+            sites[name] = in_own_type(transform, part.reshape(*part.shape[:-1], *real))
         return sites
 
     def pack(self, draws: Mapping[str, ArrayLike]) -> Array:

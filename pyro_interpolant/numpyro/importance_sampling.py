@@ -13,7 +13,7 @@ from numpyro.infer.util import constrain_fn
 from .._package import check_ranges, whole
 from .autoguide import AutoInterpolant, TorchDensity, check_guide, check_key, in_blocks
 from .distributions import InterpolantDistribution
-from .log_density import Arguments, Named, check_latent_sites, log_density
+from .log_density import Arguments, Named, check_as_seen, log_density
 from .transforms import InterpolantTransform
 
 __all__ = ["ImportanceResult", "importance"]
@@ -99,8 +99,9 @@ def importance(
 
     Raises:
         TypeError: If the guide is not an :class:`AutoInterpolant` of NumPyro, or there is no key.
-        ValueError: If it is not trained, ``count`` is below 100, or the model has not the latent
-            sites that the guide has seen, such as data that were forgotten.
+        ValueError: If it is not trained, ``count`` is below 100, the model has not the latent
+            sites that the guide has seen, such as data that were forgotten, or its log density is
+            noisy, as in :func:`fit_guide`.
     """
     import torch
 
@@ -112,7 +113,7 @@ def importance(
     check_ranges(whole("count", count, psis.MIN_DRAWS))
     count = int(count)
     posterior = guide.get_posterior()
-    check_latent_sites(guide, args, kwargs)
+    check_as_seen(guide, args, kwargs)
     density = log_density(guide, args, kwargs)
     z, log_p, log_q, change = _weighed(posterior, density, key, count, psis.tail_length(count))
     importance_sampling.warn_coarse_solver(change, "Train it again by fit_guide")

@@ -97,11 +97,11 @@ def sites_without_density_named(
         raise
 
 
-def check_plates(guide: AutoContinuous) -> None:
-    """Raise a ValueError if a plate draws which of its rows are seen."""
+def check_plates(trace: Mapping[str, Site]) -> None:
+    """Raise a ValueError if a plate of a model draws which of its rows are seen."""
     plates = [
         name
-        for name, site in guide.prototype_trace.items()
+        for name, site in trace.items()
         if site["type"] == "plate" and (site["args"][1] or site["args"][0]) < site["args"][0]
     ]
     if plates:
@@ -136,8 +136,8 @@ def check_random_numbers(guide: AutoContinuous, args: Arguments, kwargs: Named) 
         ) from error
 
 
-def check_latent_sites(guide: AutoContinuous, args: Arguments, kwargs: Named) -> None:
-    """Raise a ValueError unless a model has the latent sites that its guide has seen.
+def check_as_seen(guide: AutoContinuous, args: Arguments, kwargs: Named) -> None:
+    """Raise a ValueError unless a model has the latent sites of its guide, and draws no others.
 
     Args:
         guide: A guide that knows its model.
@@ -150,6 +150,7 @@ def check_latent_sites(guide: AutoContinuous, args: Arguments, kwargs: Named) ->
     def run() -> None:
         with handlers.block(), handlers.trace() as trace, handlers.substitute(data=values):
             handlers.seed(guide.model, rng_seed=0)(*args, **kwargs)
+        check_plates(trace)
         for name, site in trace.items():
             if site["type"] == "sample":
                 (observed if site["is_observed"] else latent).add(name)
@@ -166,6 +167,7 @@ def check_latent_sites(guide: AutoContinuous, args: Arguments, kwargs: Named) ->
             f"{sorted(latent - known)} besides and without {sorted(known - latent)}: give it the "
             "data it was trained with, or train a guide with these arguments"
         )
+    check_random_numbers(guide, args, kwargs)
 
 
 def _tracer(

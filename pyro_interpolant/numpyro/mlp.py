@@ -66,7 +66,8 @@ def embed_times(weights: Weights, times: NDArray[np.float64]) -> Array:
     count = (weight.shape[1] - len(weights.get("classes", weights["context_loc"]))) // 2
     angles = np.pi * times[:, None] * np.arange(1, count + 1)
     features = np.concatenate((np.cos(angles), np.sin(angles)), -1)
-    return features.astype(weight.dtype) @ weight[:, : 2 * count].T + weights["embedding.bias"]
+    features = features.astype(weight.dtype)
+    return _product(features, weight[:, : 2 * count]) + weights["embedding.bias"]
 
 
 def embed_context(weights: Weights, context: Array) -> Array:
@@ -88,9 +89,8 @@ def modulate(weights: Weights, embedded: Array) -> Modulation:
     """Return shifts and scales, shape ``(*, sum of widths)``, from embeddings, ``(*, width)``."""
     tanh = np.tanh if isinstance(embedded, np.ndarray) else jnp.tanh
     s = 0.5 * embedded * (1 + tanh(0.5 * embedded))  # the SiLU
-    return Modulation(
-        *(s @ weights[f"{part}.weight"].T + weights[f"{part}.bias"] for part in Modulation._fields)
-    )
+    parts = Modulation._fields
+    return Modulation(*(_product(s, weights[f"{p}.weight"]) + weights[f"{p}.bias"] for p in parts))
 
 
 def velocity(weights: Weights, modulation: Modulation, x: Array) -> Array:
@@ -155,8 +155,10 @@ def _ungated(weights: Weights, modulation: Modulation, inputs: Array) -> tuple[A
     return _product(h, weights["output.weight"]) + last, slopes
 
 
-def _product(x: Array, weight: Array) -> Array:
-    """Return ``W x``; accelerators would shorten the numbers."""
+def _product(x: Any, weight: Any) -> Any:
+    """Return ``W x``, by numpy where it is known; accelerators would shorten the numbers."""
+    if isinstance(x, np.ndarray) and isinstance(weight, np.ndarray):
+        return x @ weight.T
     return jnp.matmul(x, weight.T, precision="highest")
 
 

@@ -263,10 +263,20 @@ def _left(x: Array) -> Array:
     return jnp.arange(x.shape[-1], 0, -1).astype(x.dtype)
 
 
+def in_own_type(transform: Transform, x: Array) -> Array:
+    """Return the image of x, of the floating type of x, whatever that of bounds is."""
+    y = transform(_widened(x))
+    return y.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else y
+
+
+def _widened(x: Array) -> Array:
+    """Return x in the default type where that is wider, in which NumPyro makes matrices."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
+
+
 @partial(jax.jit, static_argnames="text")
 def _onto(x: Array, *, text: str) -> tuple[Array, Array]:
-    # In the default type where that is wider, in which NumPyro makes matrices.
-    y = x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
+    y = _widened(x)
     total = jnp.zeros(x.shape[:-1], y.dtype)
     for part in _parts(text)[0]:
         y, term = forward(part, y)
@@ -277,7 +287,7 @@ def _onto(x: Array, *, text: str) -> tuple[Array, Array]:
 @partial(jax.jit, static_argnames="text")
 def _back(y: Array, *, text: str) -> tuple[Array, Array]:
     batch = y.shape[: y.ndim - OnEvents(text).event_dim]
-    x = y.astype(jnp.promote_types(y.dtype, jnp.result_type(float)))
+    x = _widened(y)
     total = jnp.zeros(batch, x.dtype)
     for part in reversed(_parts(text)[0]):
         x, term = backward(part, x)

@@ -215,7 +215,7 @@ def _lipschitz(flow: Flow, t: Tensor, w: Tensor, context: Tensor | None) -> floa
     of_context = None  # the dimension of rows, where each has a context of its own
     if context is not None and context.dim() > 1:
         context, of_context = context[: len(t)], 0
-    with forward_mode(), Elementary():  # attention
+    with forward_mode(), Elementary():
         jacobian = vmap(jacfwd(field), in_dims=(0, 0, of_context))(w, t, context)
     jacobian = flow.whitening.pull(flow.whitening.push(jacobian.mT).mT)
     return float(torch.linalg.matrix_norm(jacobian, ord=2).max())

@@ -186,6 +186,8 @@ def test_what_is_no_guide_of_this_room():
     for use in (lambda it: fit_guide(it, KEY), lambda it: importance(it, KEY), neutra):
         with pytest.raises(TypeError, match=r"an AutoInterpolant of pyro_interpolant\.numpyro"):
             use(TorchGuide(conjugate))
+    with pytest.raises(TypeError, match="expected a model, a callable, got int"):
+        AutoInterpolant(3)
     with pytest.raises(ValueError, match=r"expected max_seconds > 0, got -3\.0"):
         fit_guide(AutoInterpolant(conjugate), KEY, jnp.ones(2), max_seconds=-3.0)
     new, guide = AutoInterpolant(conjugate), prepared(AutoInterpolant(conjugate), jnp.ones(2))
@@ -311,6 +313,22 @@ def test_a_plate_that_subsamples_is_no_density():
 
     with pytest.raises(ValueError, match=r"got plates \['rows'\] that subsample"):
         fit_guide(AutoInterpolant(model), KEY, **QUICK)
+
+
+def test_weights_of_a_noisy_density_are_refused():
+    """Where arguments make it so: the guide was set up with others."""
+
+    def model(size=None, *, shift=False):
+        x = numpyro.sample("x", dist.Normal())
+        if shift:
+            x = x + jax.random.normal(numpyro.prng_key())
+        with numpyro.plate("rows", 10, subsample_size=size) as rows:
+            numpyro.sample("y", dist.Normal(x, 1.0), obs=jnp.zeros(10)[rows])
+
+    guide, *_ = known_guide(model)
+    for wrong, why in (({"size": 2}, "that subsample"), ({"shift": True}, "draws random numbers")):
+        with pytest.raises(ValueError, match=why):
+            importance(guide, KEY, count=100, **wrong)
 
 
 def some_latent():

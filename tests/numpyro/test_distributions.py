@@ -447,6 +447,16 @@ def test_sites_of_known_values_are_packed_under_jit():
     np.testing.assert_allclose(found, [[1.0, 0.0]] * 3)
 
 
+def test_sites_have_the_floating_type_of_the_packed_vector():
+    """Whatever type bounds are of, and NumPyro makes matrices in."""
+    shares = dist.constraints.interval(torch.zeros(1), torch.ones(1))
+    sites = {"share": ((1,), shares), "factor": ((2, 2), dist.constraints.corr_cholesky)}
+    flow = from_torch(pi.JointInterpolantDistribution(random_flow(2), sites=sites))
+    for dtype in (jnp.float32, jnp.float64):
+        found = flow.unpack(jnp.zeros((5, 2), dtype))
+        assert {name: value.dtype for name, value in found.items()} == dict.fromkeys(sites, dtype)
+
+
 def test_what_is_no_packing_of_sites_is_refused():
     sites = {"weights": ((3,), dist.constraints.simplex), "slope": ((), dist.constraints.real)}
     flow = from_torch(pi.JointInterpolantDistribution(random_flow(3), sites=sites))

@@ -99,6 +99,36 @@ def test_networks_of_other_sizes(dims, twin):
     assert_twins(flow, twin(flow))
 
 
+def products(jaxpr):
+    """All products of matrices in a program, those of its parts too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for part in jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_program):
+            if _is_program(part):
+                yield from products(getattr(part, "jaxpr", part))
+
+
+def _is_program(part):
+    return hasattr(part, "eqns") or hasattr(part, "jaxpr")
+
+
+@pytest.mark.parametrize("batch", [(), (ROWS,)], ids=str)
+def test_no_product_is_shortened_by_an_accelerator(batch):
+    """By default they would compute float32 in a shorter type."""
+    flow = from_torch(family())
+
+    def both(key, context, x):
+        given = flow.condition(context)
+        return given.sample(key), given.log_prob(x)
+
+    context, x = jnp.zeros((*batch, 3)), jnp.zeros((ROWS, 2))
+    program = jax.make_jaxpr(both)(jax.random.key(0), context, x)
+    found = [product.params["precision"] for product in products(program.jaxpr)]
+    assert found
+    assert set(found) == {(jax.lax.Precision.HIGHEST,) * 2}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dim", [1, 2])
 def test_the_torus(dim, twin):
