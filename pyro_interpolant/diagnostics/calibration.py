@@ -16,6 +16,7 @@ from torch import Tensor
 from .._package import check_ranges, number
 from .._torch import seeded, warn_user
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution, rows_given
+from ..distributions.rows import evenly_spaced
 from ..nn.modes import evaluated
 from ..solvers.divergence import ExactDivergence, HutchinsonDivergence
 from ..solvers.ode import Adaptive, FixedGrid, Solver
@@ -208,8 +209,8 @@ def calibrate_until(
     with torch.no_grad(), evaluated(distribution.transform.flow):
         trials = _Trials(rows_given(distribution, x, context), template, tolerance)
         few = trials.affordable(deadline - time.monotonic())
-        if 0 < few < len(x):  # evenly spaced: rows may come in an order
-            places = torch.arange(few, device=x.device) * len(x) // few
+        if 0 < few < len(x):
+            places = evenly_spaced(len(x), few).to(x.device)
             x, context = x[places], context if context is None else context[places]
             trials = _Trials(rows_given(distribution, x, context), template, tolerance)
         steps = trials.fewest(deadline) if few else None

@@ -420,6 +420,12 @@ def subsample(count: int, most: int, weights: Tensor | None = None) -> Tensor:
     return torch.randint(count, (most,), generator=generator)
 
 
+def evenly_spaced(count: int, most: int) -> Tensor:
+    """Return the indices of evenly spaced rows, at most so many: rows may come in an order."""
+    few = min(count, most)
+    return torch.arange(few) * count // few
+
+
 def weighted_indices(
     weights: Tensor, count: int, generator: torch.Generator | None = None
 ) -> Tensor:
