@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from .._package import check_ranges, number
 from .._torch import seeded, warn_user
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution, rows_given
+from ..distributions.rows import evenly_spaced
 from ..nn.modes import evaluated
 from ..solvers.divergence import ExactDivergence, HutchinsonDivergence
 from ..solvers.ode import Adaptive, FixedGrid, Solver
@@ -208,8 +210,8 @@ def calibrate_until(
     with torch.no_grad(), evaluated(distribution.transform.flow):
         trials = _Trials(rows_given(distribution, x, context), template, tolerance)
         few = trials.affordable(deadline - time.monotonic())
-        if 0 < few < len(x):  # evenly spaced: rows may come in an order
-            places = torch.arange(few, device=x.device) * len(x) // few
+        if 0 < few < len(x):
+            places = evenly_spaced(len(x), few).to(x.device)
             x, context = x[places], context if context is None else context[places]
             trials = _Trials(rows_given(distribution, x, context), template, tolerance)
         steps = trials.fewest(deadline) if few else None
@@ -232,6 +234,35 @@ def _template(present: Solver) -> FixedGrid:
     if isinstance(present, FixedGrid):
         return present
     return FixedGrid(checkpoint=getattr(present, "checkpoint", False))
+
+
+def _fewest(
+    error: Callable[[int], float],
+    tolerance: float,
+    steps: tuple[int, int, int],
+    is_late: Callable[[int], bool],
+) -> tuple[int, float]:
+    """Return the fewest steps that are good, or the most tried, and their error.
+
+    Args:
+        error: The error at so many steps.
+        tolerance: What it may be.
+        steps: The fewest to try, those to begin with, which are doubled, and the most.
+        is_late: Whether there is no time for so many.
+    """
+    least, high, most = steps
+    low, found = least - 1, error(high)
+    while not found <= tolerance and high < most and not is_late(2 * high):
+        low, high = high, 2 * high
+        found = error(high)
+    while found <= tolerance and high - low > 1 and not is_late(high):
+        middle = (low + high) // 2
+        at_middle = error(middle)
+        if at_middle <= tolerance:
+            high, found = middle, at_middle
+        else:
+            low = middle
+    return high, found
 
 
 class _Trials:
@@ -269,30 +300,20 @@ class _Trials:
         """Return the fewest steps that are good, or the most tried, with a warning."""
         reference = _reference(self.flow, self.rows)
 
-        def in_time(steps: int) -> bool:
-            return time.monotonic() + self.seconds * steps / _FIRST_STEPS <= deadline
+        def is_late(steps: int) -> bool:
+            return time.monotonic() + self.seconds * steps / _FIRST_STEPS > deadline
 
-        def excess(steps: int) -> float:
-            """Return the larger ratio of mean and worst error to what each may be."""
+        def error(steps: int) -> float:
             value = self.first if steps == _FIRST_STEPS else self._log_prob(steps)
-            error = _errors(value, reference).abs()
-            self.errors[steps] = float(error.mean())
-            worst = torch.maximum(error.mean(), error.max() / _WORST_ROW_FACTOR)
-            ratio = float(worst) / self.tolerance
-            return ratio if math.isfinite(ratio) else math.inf
+            each = _errors(value, reference).abs()
+            self.errors[steps] = float(each.mean())
+            worst = torch.maximum(each.mean(), each.max() / _WORST_ROW_FACTOR)
+            return float(worst.nan_to_num(math.inf, math.inf))
 
-        high, ratio = _FIRST_STEPS, excess(_FIRST_STEPS)
-        while ratio > 1 and high < _MAX_STEPS and in_time(2 * high):
-            high *= 2
-            ratio = excess(high)
-        if ratio > 1:
-            self._warn(high, ratio)
-            return high
-        low = high // 2 if high > _FIRST_STEPS else 0
-        while high - low > 1 and in_time(high):
-            middle = (low + high) // 2
-            low, high = (low, middle) if excess(middle) <= 1 else (middle, high)
-        return high
+        steps, found = _fewest(error, self.tolerance, (1, _FIRST_STEPS, _MAX_STEPS), is_late)
+        if found > self.tolerance:
+            self._warn(steps, found / self.tolerance)
+        return steps
 
     def _log_prob(self, steps: int) -> Tensor:
         self.flow.transform.solver = dataclasses.replace(self.template, steps=steps)
@@ -362,16 +383,13 @@ def calibrate_sampler_until(
     present = distribution.transform.solver
     template = _template(present)
     with torch.no_grad(), evaluated(distribution.transform.flow), seeded(0):
-        solves = _Samples(distribution.given(context), template)
-        steps, error, finest = solves.doubled(tolerance, deadline)
-        low = steps // 2 if steps > _FIRST_SAMPLE_STEPS else steps
-        while steps - low > 1 and time.monotonic() < deadline:
-            middle = (low + steps) // 2
-            found = _distance(solves.ends(middle), finest)
-            if found <= tolerance:
-                steps, error = middle, found
-            else:
-                low = middle
+        samples = _Samples(distribution.given(context), template)
+        steps, error = _fewest(
+            samples.error,
+            tolerance,
+            (_FIRST_SAMPLE_STEPS, _FIRST_SAMPLE_STEPS, _MAX_SAMPLE_STEPS),
+            lambda steps: steps > _SURE_SAMPLE_STEPS and time.monotonic() >= deadline,
+        )
     if not error <= tolerance:  # that of samples which are not finite is NaN
         short = "the time was over before" if steps < _MAX_SAMPLE_STEPS else "no grid has"
         warn_user(
@@ -395,30 +413,23 @@ class _Samples:
         self.view, self.template = view, template
         own = view.without_support()  # with the batch of contexts; of one of them there are draws
         self.w = own.white_draws(() if own.batch_shape else (_SAMPLES,))
+        self.most, self.finest = _FIRST_SAMPLE_STEPS, self._ends(_FIRST_SAMPLE_STEPS)
 
-    def ends(self, steps: int) -> Tensor:
+    def error(self, steps: int) -> float:
+        """Return the distance from the finest samples so far, of twice the steps at least."""
+        found = self.finest if steps == self.most else self._ends(steps)
+        if steps == self.most:
+            self.most *= 2
+            self.finest = self._ends(self.most)
+        off, size = (x.double().square().mean().sqrt() for x in (found - self.finest, self.finest))
+        return float(off / size)
+
+    def _ends(self, steps: int) -> Tensor:
         """Return whitened samples, shape ``(B, D)``."""
         transform = self.view.transform
         solver = dataclasses.replace(self.template, steps=steps)
         path = dataclasses.replace(transform.path(), solver=solver)
         return transform.flow.integrate(self.w, path, forward=True)[-1]
-
-    def doubled(self, tolerance: float, deadline: float) -> tuple[int, float, Tensor]:
-        """Return the first steps that are good, doubled each time, their error, finer samples."""
-        steps, found = _FIRST_SAMPLE_STEPS, self.ends(_FIRST_SAMPLE_STEPS)
-        while True:
-            finer = self.ends(2 * steps)
-            error = _distance(found, finer)
-            is_late = steps >= _SURE_SAMPLE_STEPS and time.monotonic() >= deadline
-            if error <= tolerance or steps >= _MAX_SAMPLE_STEPS or is_late:
-                return steps, error, finer
-            steps, found = 2 * steps, finer
-
-
-def _distance(one: Tensor, other: Tensor) -> float:
-    """Return the distance of whitened samples, ``(B, D)`` each, over the size of the others."""
-    off, size = ((x.double().square().mean()).sqrt() for x in (one - other, other))
-    return float(off / size)
 
 
 def _bare(

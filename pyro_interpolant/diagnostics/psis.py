@@ -76,10 +76,11 @@ def summarise_weights(log_weights: Tensor, solver_error: float = 0.0) -> Importa
     if not bool(torch.isfinite(log_weights).any()):
         return ImportanceSummary(math.inf, 0.0, -math.inf, math.inf)
     k_hat, ess = pareto_smooth(log_weights).k_hat, effective_sample_size(log_weights)
-    value, chance = log_mean_weight(log_weights)
+    total, chance = log_total(log_weights)
+    value = float(total) - math.log(len(log_weights))
     # What all draws share, such as a constant of the model, is rounded alike: no mean removes it.
     rounding = torch.finfo(log_weights.dtype).eps * abs(value) / math.sqrt(12)
-    return ImportanceSummary(k_hat, ess, value, math.hypot(chance, solver_error, rounding))
+    return ImportanceSummary(k_hat, ess, value, math.hypot(float(chance), solver_error, rounding))
 
 
 def finite_or_minus_inf(values: Tensor) -> Tensor:
@@ -348,27 +349,11 @@ def effective_sample_size(log_weights: ArrayLike) -> float:
     return float((2 * w.logsumexp(0) - (2 * w).logsumexp(0)).exp())
 
 
-def log_mean_weight(log_weights: Tensor) -> tuple[float, float]:
-    r"""Return the log of the mean weight, an estimate of a log-evidence, and its standard error.
-
-    :math:`\log \hat Z = \log \frac1N \sum_i w_i`, with the error
-    :math:`\sqrt{(N / \mathrm{ESS} - 1) / N}` of the delta method: too small where k-hat is large.
-
-    Args:
-        log_weights: Unnormalised log weights, shape ``(N,)``.
-
-    Raises:
-        ValueError: As in :func:`pareto_smooth`.
-    """
-    total, error = log_total(_checked(log_weights))
-    return float(total) - math.log(len(log_weights)), float(error)
-
-
 def log_total(log_weights: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Return :math:`\log \sum w` and its standard error, shape ``(*)``, of ``(*, N)``.
 
-    As :func:`log_mean_weight`, of many sets of weights at once; the error is infinite where all
-    weights of a set are zero.
+    The error :math:`\sqrt{1 / \mathrm{ESS} - 1 / N}` of the delta method is too small where
+    k-hat is large, and infinite where all weights of a set are zero.
 
     Args:
         log_weights: Unnormalised log weights, shape ``(*, N)``.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._torch import warn_user
-from .rows import subsample
+from .rows import evenly_spaced, subsample
 
 _CHECKED_ROWS, _CHECKED_COLUMNS = 20_000, 128  # for repeated values
 _MIN_CHECKED_ROWS = 100  # rows that tell
@@ -43,7 +43,7 @@ def rounded(x: Tensor) -> tuple[bool, list[str]]:
     if not x.is_floating_point():
         return False, []
     looked_at = min(x.shape[1], _CHECKED_COLUMNS)
-    names = (torch.arange(looked_at) * x.shape[1] // looked_at).tolist()
+    names = evenly_spaced(x.shape[1], looked_at).tolist()
     x = x[:, names] if looked_at < x.shape[1] else x
     places = subsample(len(x), _CHECKED_ROWS).to(x.device)
     few = x[places]

@@ -425,6 +425,12 @@ def rows_held(share: float, count: int) -> int:
     return max(1, round(share * count))
 
 
+def evenly_spaced(count: int, most: int) -> Tensor:
+    """Return the indices of evenly spaced rows, at most so many: rows may come in an order."""
+    few = min(count, most)
+    return torch.arange(few) * count // few
+
+
 def weighted_indices(
     weights: Tensor, count: int, generator: torch.Generator | None = None
 ) -> Tensor:

@@ -365,7 +365,7 @@ class AmortizedInterpolant(AutoInterpolant):
         rounds, seed = int(rounds), settings["seed"]
         self._check_simulated(sites)
         if rounds > 1:
-            with seeded(0):
+            with seeded(seed):
                 check_one_data_set(self._seen(*sites.args, **sites.kwargs).shape[:-1])
         if isinstance(count, Iterable) and getattr(count, "ndim", 1) > 0:  # not a tensor(200)
             return self._train_from_batches(count, rounds, sites, clock, settings)

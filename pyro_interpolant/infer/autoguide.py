@@ -38,7 +38,6 @@ from .importance_sampling import (
     are_raw_draws_good,
     check_is_density,
     importance_verdict,
-    judged,
     warn_poor,
 )
 from .initialization import init_to_support
@@ -346,7 +345,6 @@ class AutoInterpolant(AutoContinuous):
             rows = rows.to(self.transform.flow.loc)
             with trainable(self.transform):
                 training = fit(posterior, rows, **within(_SAMPLES_SHARE))
-        posterior = InterpolantDistribution(self.transform)  # fit may have set another base
         return self._judged(posterior, density, clock, seed, training)
 
     def _judged(
@@ -362,17 +360,10 @@ class AutoInterpolant(AutoContinuous):
         if density is None:
             unknown = ImportanceSummary(*[math.nan] * 4)
             return GuideResult(*unknown, 0, _UNKNOWN, clock.spent(), training)
-        if isinstance(training, RoundsResult):
-            # Weights of fresh draws are there, and particles, which have a density, off edges.
-            summary, count = ImportanceSummary(*training[:4]), training.draws
-            with seeded(None if seed is None else seed + 1), torch.no_grad():
-                z = posterior.sample((SPREAD_DRAWS,))
-            verdict = judged(posterior.log_prob, density, z, summary, count)
-        else:
-            summary, count, verdict = importance_verdict(posterior, density, clock, seed)
-        if not are_raw_draws_good(summary, count):
-            self.poor = verdict
-        return GuideResult(*summary, count, verdict, clock.spent(), training)
+        result = importance_verdict(posterior, density, clock, seed, training)
+        if not are_raw_draws_good(result, result.draws):
+            self.poor = result.verdict
+        return result
 
     def attach(self, model: Model) -> "AutoInterpolant":
         """Give a guide that was pickled, which leaves its model behind, the model again.

@@ -32,7 +32,7 @@ from ..training.fitting import FitResult
 from .data import is_hidden
 from .log_density import LogJoint, evaluated_safely
 from .simulation import Simulator
-from .sites import LatentSites, one_posterior
+from .sites import SPREAD_DRAWS, LatentSites, one_posterior
 from .smc.train import RoundsResult
 
 _VERDICT_DRAWS = 10_000  # fresh draws that judge the guide
@@ -357,7 +357,7 @@ def _lost_weights(
     return found, exact
 
 
-def are_raw_draws_good(summary: ImportanceSummary, count: int) -> bool:
+def are_raw_draws_good(summary: ImportanceSummary | GuideResult, count: int) -> bool:
     """Return whether ``count`` draws will do without weights, as :func:`verdict_of` says."""
     if summary.ess >= _EVEN_SHARE * count:
         return True
@@ -431,16 +431,24 @@ def importance_verdict(
     density: Density,
     clock: Clock,
     seed: int | None,
-) -> tuple[ImportanceSummary, int, str]:
-    """Judge a trained guide by fresh draws, as many as there is time for, and their number.
+    training: FitResult | RoundsResult,
+) -> GuideResult:
+    """Judge a trained guide by fresh draws, those of its training or as many as time allows.
 
     Args:
         posterior: The guide's distribution of the unconstrained vector, shape ``(D,)``.
         density: The log joint density, from ``(N, D)`` to ``(N,)``.
         clock: What time is left.
         seed: The seed of the training.
+        training: What the training did.
     """
-    with seeded(None if seed is None else seed + 1):
-        drawn = importance_of(posterior, density, _VERDICT_DRAWS, clock.deadline())
-    summary, count = drawn.summary(), len(drawn.x)
-    return summary, count, judged(posterior.log_prob, density, drawn.x, summary, count)
+    with seeded(None if seed is None else seed + 1), torch.no_grad():
+        if isinstance(training, RoundsResult):
+            # Weights of fresh draws are there, and particles, which have a density, off edges.
+            summary, count = ImportanceSummary(*training[:4]), training.draws
+            z = posterior.sample((SPREAD_DRAWS,))
+        else:
+            drawn = importance_of(posterior, density, _VERDICT_DRAWS, clock.deadline())
+            summary, count, z = drawn.summary(), len(drawn.x), drawn.x
+    verdict = judged(posterior.log_prob, density, z, summary, count)
+    return GuideResult(*summary, count, verdict, clock.spent(), training)

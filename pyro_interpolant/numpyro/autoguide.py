@@ -204,7 +204,7 @@ def fit_guide(
     from .._torch import seeded
     from ..infer import autoguide, train_from_density
     from ..infer.amortization import check_settings
-    from ..infer.importance_sampling import GuideResult, importance_verdict
+    from ..infer.importance_sampling import importance_verdict
     from ..nn import VelocityMLP
     from ..training import fit
     from ..training.clock import Clock
@@ -212,6 +212,8 @@ def fit_guide(
     check_guide(guide)
     check_key(key)
     clock = Clock(max_seconds, or_none=False)
+    if samples is not None:
+        check_settings(options or {})
     setup, draw = jax.random.split(key)
     with _kept_if_refused(guide):
         with handlers.seed(rng_seed=setup), sites_without_density_named(guide, args, kwargs):
@@ -232,14 +234,11 @@ def fit_guide(
                 posterior, density, **{"start": start, **settings}
             )
         else:
-            check_settings(settings)
             rows = torch.tensor(np.asarray(_packed(guide, samples, args, kwargs)), dtype=dtype)
             training = fit(posterior, rows, **settings)
-        # The guide's, whose base is N(0, I): fit may have set another.
-        posterior = distributions.InterpolantDistribution(posterior.transform)
-        summary, count, verdict = importance_verdict(posterior, density, clock, settings["seed"])
+        result = importance_verdict(posterior, density, clock, settings["seed"], training)
         guide.posterior = cast(InterpolantDistribution, from_torch(posterior))
-        return GuideResult(*summary, count, verdict, clock.spent(), training)
+        return result
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .._package import needing
+from ..distributions.rows import evenly_spaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,10 +45,9 @@ def extent_of(x: np.ndarray) -> tuple[float, ...]:
 
 
 def as_points(x: np.ndarray) -> np.ndarray:
-    """Return rows to show as points, shape ``(*, D)``, from all over: they may come in an order.
+    """Return rows to show as points, shape ``(*, D)``, from all over.
 
     Args:
         x: The rows, shape ``(N, D)``.
     """
-    few = min(len(x), _POINTS)
-    return x[np.arange(few) * len(x) // few]
+    return x[evenly_spaced(len(x), _POINTS).cpu().numpy()]

@@ -7,7 +7,14 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..distributions.rows import as_tensor, checked_rows, is_masked, names_of, weighted_indices
+from ..distributions.rows import (
+    as_tensor,
+    checked_rows,
+    evenly_spaced,
+    is_masked,
+    names_of,
+    weighted_indices,
+)
 
 LEVELS = 256  # of whole numbers in ``uint8``, as images have them
 _VALUES_AT_ONCE = 2**22  # of rows, whose keys are taken
@@ -86,9 +93,7 @@ class Rows(NamedTuple):
 
     def evenly(self, most: int) -> "Rows":
         """Return evenly spaced rows, at most so many: no generator is drawn from."""
-        total = len(self.w)
-        count = min(total, most)
-        return self.take(torch.arange(count, device=self.w.device) * total // count)
+        return self.take(evenly_spaced(len(self.w), most).to(self.w.device))
 
     def dequantized(self, like: Tensor | None = None) -> "Rows":
         """Return rows of whole levels spread over their cells; others as they are.

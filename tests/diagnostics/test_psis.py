@@ -18,7 +18,7 @@ from pyro_interpolant.diagnostics.psis import (
     _fit_tail,
     change_of_mean,
     effective_sample_size,
-    log_mean_weight,
+    log_total,
     pareto_smooth,
     recompute_largest,
     solver_error_of_mean,
@@ -133,7 +133,8 @@ def test_one_summary_of_weights():
     summary = summarise_weights(raw)
     assert summary.k_hat == pareto_smooth(raw).k_hat
     assert summary.ess == effective_sample_size(raw)
-    assert summary[2:] == log_mean_weight(raw)
+    total, error = log_total(raw)
+    assert summary[2:] == (float(total) - math.log(500), float(error))
     assert summarise_weights(torch.full((9,), -math.inf)) == (math.inf, 0.0, -math.inf, math.inf)
 
 
@@ -211,7 +212,7 @@ def test_the_error_of_the_evidence_counts_that_of_the_solver():
     for steps in (2, 32):
         transform.solver = FixedGrid(steps)
         drawn = weighted_draws(flow, target.log_prob, 20_000)
-        found[steps] = *drawn.summary()[2:], log_mean_weight(drawn.log_weights)[1]
+        found[steps] = *drawn.summary()[2:], float(log_total(drawn.log_weights)[1])
     value, stderr, chance = found[2]
     assert 5 * chance < abs(value) < 3 * stderr
     value, stderr, chance = found[32]
@@ -234,11 +235,11 @@ def test_what_is_computed_again_is_the_density_of_the_whole_distribution(kind):
 
 
 def test_the_mean_weight_and_its_error():
-    value, stderr = log_mean_weight(torch.tensor([1.0, 3.0, 2.0, 2.0]).log() + 900)
+    value, stderr = summarise_weights(torch.tensor([1.0, 3.0, 2.0, 2.0]).log() + 900)[2:]
     assert value == pytest.approx(math.log(2.0) + 900)
     deviation = math.sqrt(2 / 4) / 2  # relative
     assert stderr == pytest.approx(deviation / math.sqrt(4))
-    assert log_mean_weight(torch.zeros(9))[1] == pytest.approx(0.0, abs=1e-7)
+    assert summarise_weights(torch.zeros(9))[3] == pytest.approx(0.0, abs=1e-7)
 
 
 def test_the_error_of_the_evidence_counts_the_rounding_of_densities():
@@ -262,7 +263,7 @@ def test_whole_numbers_are_weights_like_others():
     assert effective_sample_size(whole) == effective_sample_size(whole.double())
 
 
-@pytest.mark.parametrize("function", [pareto_smooth, effective_sample_size, log_mean_weight])
+@pytest.mark.parametrize("function", [pareto_smooth, effective_sample_size])
 def test_what_cannot_be_weights_is_refused(function):
     with pytest.raises(ValueError, match=r"shape \(N,\), N >= 1, got \(2, 2\)"):
         function(torch.zeros(2, 2))

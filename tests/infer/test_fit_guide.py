@@ -15,11 +15,8 @@ from pyro.optim import Adam
 
 from pyro_interpolant import AmortizedInterpolant, AutoInterpolant, FixedGrid, fit_guide, log_joint
 from pyro_interpolant._torch import seeded
-from pyro_interpolant.diagnostics.psis import (
-    ImportanceSummary,
-    weighted_draws,
-)
-from pyro_interpolant.infer import autoguide, prior
+from pyro_interpolant.diagnostics.psis import weighted_draws
+from pyro_interpolant.infer import GuideResult, autoguide, prior
 from pyro_interpolant.infer.smc.train import RoundsResult
 from pyro_interpolant.interpolants import Mirror
 from pyro_interpolant.training.clock import Clock
@@ -241,7 +238,7 @@ def test_a_model_without_a_log_joint_is_fitted_but_not_judged():
 def test_the_last_verdict_decides_whether_own_draws_are_warned_of(monkeypatch):
     guide, clock, text = small(), Clock(None), "Usable with weights."
     guide()
-    found = ImportanceSummary(0.6, 950.0, 0.0, 0.0), 1000, text
+    found = GuideResult(0.6, 950.0, 0.0, 0.0, 1000, text, 1.0, None)
     monkeypatch.setattr(autoguide, "importance_verdict", lambda *args: found)
     for density, poor in ((log_joint(guide), text), (None, None)):
         guide._judged(guide.get_posterior(), density, clock, 0, None)

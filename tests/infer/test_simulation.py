@@ -837,12 +837,21 @@ def test_regions_stay_as_the_training_goes_on_and_rounds_have_seeds_of_their_own
     monkeypatch.setattr(amortized, "region", region)
     monkeypatch.setattr(amortized, "truncated", drawn)
     x = torch.linspace(-1, 1, 4)
+    state = torch.get_rng_state()
     pi.fit_guide(guide_of(line), x, 2 * x, rounds=3, **{**QUICK, "seed": 5})
+    assert torch.equal(torch.get_rng_state(), state)
     (first,), (again, _) = densities
     assert first == again
     for number, seed in zip(numbers, (6, 7), strict=True):
         torch.manual_seed(seed)
         assert number == float(torch.rand(()))
+
+
+def test_data_are_looked_at_for_rounds_without_a_draw_of_the_global_generator():
+    guide, x, state = guide_of(line), torch.linspace(-1, 1, 4), torch.get_rng_state()
+    with pytest.raises(ValueError, match="simulations >= 10"):
+        pi.fit_guide(guide, x, 2 * x, rounds=2, **{**QUICK, "simulations": 2})
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.slow

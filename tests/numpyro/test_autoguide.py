@@ -20,7 +20,6 @@ from numpyro.infer.reparam import CircularReparam, NeuTraReparam
 from pyro_interpolant import AutoInterpolant as TorchGuide
 from pyro_interpolant import FixedGrid, interpolant_transform
 from pyro_interpolant import InterpolantDistribution as TorchDistribution
-from pyro_interpolant.diagnostics.psis import ImportanceSummary
 from pyro_interpolant.infer import GuideResult
 from pyro_interpolant.infer.importance_sampling import importance_verdict
 from pyro_interpolant.numpyro import (
@@ -382,19 +381,21 @@ def test_a_refused_training_leaves_a_guide_as_it_was():
     assert vars(guide) == before
 
 
-@pytest.mark.parametrize("name", ["base_samples", "context"])
-def test_options_that_would_make_another_guide_are_refused(name):
-    """The guide draws from N(0, I), whatever else it was trained from."""
-    draws = {"x": jnp.zeros((50, 2))}
-    with pytest.raises(ValueError, match=f"other options of fit than {name}: a guide starts"):
-        fit_guide(
-            AutoInterpolant(conjugate),
-            KEY,
-            jnp.ones(2),
-            **QUICK,
-            samples=draws,
-            options={name: torch.zeros(50, 2), "steps": 2},
-        )
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"base_samples": 5 + torch.rand(500, 2)}, ValueError, "a guide starts from N"),
+        ({"context": torch.zeros(500, 1)}, ValueError, "other options of fit than context"),
+        ({"step": 5}, TypeError, "expected options of fit, got step"),
+        ({"steps": -5}, ValueError, "steps >= 1"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_the_model_is_run(options, error, message):
+    """A guide on samples of a base was trained from these, and drew from N(0, I)."""
+    runs, samples = [], {"x": jnp.ones((9, 2))}
+    with pytest.raises(error, match=message):
+        fit_guide(AutoInterpolant(runs.append), KEY, 1, **QUICK, samples=samples, options=options)
+    assert not runs
 
 
 def in_plate(y):
@@ -806,7 +807,7 @@ def test_draws_that_a_type_cannot_tell_from_an_edge_are_told_of(model, loc, is_t
         warnings.simplefilter("ignore")
         for verdict in (
             importance(guide, KEY, count=2000).verdict,
-            importance_verdict(flow, density, Clock(None), 0)[-1],
+            importance_verdict(flow, density, Clock(None), 0, None).verdict,
         ):
             assert ("cannot tell values of 'x' from an edge" in verdict) == is_told
 
@@ -944,10 +945,10 @@ def test_settings_reach_the_training_and_the_seed_the_verdict(samples, monkeypat
     def trained(posterior, *args, **settings):
         seen["dims"] = [len(layer.weight) for layer in posterior.transform.flow.velocity.layers]
         seen.update(settings)
+        return "trained"
 
-    def judged(posterior, density, clock, seed):
-        seen["verdict"] = seed
-        return ImportanceSummary(0.1, 90.0, 0.0, 0.1), 100, "Good"
+    def judged(posterior, density, clock, seed, training):
+        seen["verdict"] = seed, training
 
     monkeypatch.setattr("pyro_interpolant.infer.train_from_density", trained)
     monkeypatch.setattr("pyro_interpolant.training.fit", trained)
@@ -958,7 +959,8 @@ def test_settings_reach_the_training_and_the_seed_the_verdict(samples, monkeypat
     options = {"ema": 0.9} if samples else {"start": own}
     fit_guide(guide, KEY, jnp.ones(2), samples=samples, seed=3, progress=False, options=options)
     assert seen["dims"] == [5, 6]
-    assert seen["seed"] == seen["verdict"] == 3
+    assert seen["seed"] == 3
+    assert seen["verdict"] == (3, "trained")
     assert seen["progress"] is False
     assert all(seen[name] is value for name, value in options.items())
 
