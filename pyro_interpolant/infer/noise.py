@@ -238,10 +238,10 @@ def measurements(
         spread = in_order(in_order(spread, own, wanted).mT, own, wanted).mT
         inverse, log_density = _whitenings(spread, given.dtype, least), _correlated
     else:
-        raise ValueError(
-            f"expected noise as standard deviations of shape {tuple(found.shape)} or covariances "
-            f"of shape {(*found.shape, found.shape[-1])}, got {tuple(spread.shape)}"
-        )
+        kinds = f"standard deviations of shape {tuple(found.shape)}"
+        if found.dim() == 2:
+            kinds += f" or covariances of shape {(*found.shape, found.shape[-1])}"
+        raise ValueError(f"expected noise as {kinds}, got {tuple(spread.shape)}")
     there = (inverse.diagonal(dim1=-2, dim2=-1) if log_density is _correlated else inverse) > 0
     _check_known(found, there)
     return Measurements(found.where(there, 0.0), inverse.to(found), log_density)
@@ -277,7 +277,10 @@ def _check_known(y: Tensor, there: Tensor) -> None:
 
 
 def _numbers(noise_data: ArrayLike, y: Tensor) -> Tensor:
-    """Return the numbers of each row's noise, shape ``(N, ...)``, as floats of the type of y."""
+    """Return the numbers of each row's noise, shape ``(N, ...)``, floats in the type of y.
+
+    Whole numbers, such as those of instruments, keep all their digits.
+    """
     row = as_tensor(noise_data, "noise_data").detach().clone()
     if row.dim() == 0 or len(row) != len(y):
         raise ValueError(

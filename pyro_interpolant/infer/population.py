@@ -93,7 +93,7 @@ def from_noisy_samples(
             ``noise_data``, shape ``(n, 1, ...)``; several threads may call it at once. A missing
             number has an infinite standard deviation or variance, ``torch.inf``, and may be NaN
             in y.
-        noise_data: For a function: the numbers of each row that it takes, shape ``(N, ...)``.
+        noise_data: For a function: what it takes of each row, ``(N, ...)``, in the type of y.
         context: What the population is given, shape ``(N, C)``, as in
             :func:`~pyro_interpolant.from_samples`: the result is then conditional. Rows of equal
             contexts share draws: round them to some dozen values, and a round takes half the time.

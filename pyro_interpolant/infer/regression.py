@@ -82,7 +82,7 @@ class FlowRegression:
     Args:
         distribution: The flow, its whitening map set.
         pools: Rows to begin with, in the flow's coordinates.
-        most: The most rounds whose rows are kept; of fewer, the later half.
+        most: The most rounds whose rows are kept, if not two; of fewer, the later half.
         ema: The decay of the average of the weights.
     """
 
