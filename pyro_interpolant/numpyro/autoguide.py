@@ -201,7 +201,7 @@ def fit_guide(
     import torch
 
     from .. import distributions, transforms
-    from .._torch import seeded
+    from .._torch import seeded, with_gradients
     from ..infer import autoguide, train_from_density
     from ..infer.amortization import check_settings
     from ..infer.importance_sampling import importance_verdict
@@ -215,7 +215,7 @@ def fit_guide(
     if samples is not None:
         check_settings(options or {})
     setup, draw = jax.random.split(key)
-    with _kept_if_refused(guide):
+    with with_gradients(), _kept_if_refused(guide):
         with handlers.seed(rng_seed=setup), sites_without_density_named(guide, args, kwargs):
             guide._setup_prototype(*args, **kwargs)
         check_plates(guide.prototype_trace)

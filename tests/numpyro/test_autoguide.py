@@ -369,6 +369,15 @@ def test_parameters_that_a_function_draws_are_those_of_the_first_run():
     assert module._prior_draws(guide, KEY, (), {}, 100).shape == (100, 1)
 
 
+def test_a_guide_is_trained_where_gradients_are_off():
+    """A flow made in inference mode has weights that cannot change."""
+    guide = AutoInterpolant(lambda: numpyro.sample("x", dist.Normal()), hidden_dims=(8,))
+    draws = {"x": np.random.RandomState(0).randn(50)}
+    with torch.inference_mode():
+        result = fit_guide(guide, KEY, samples=draws, options={"steps": 5}, **QUICK)
+    assert result.ess > 0
+
+
 def test_a_refused_training_leaves_a_guide_as_it_was():
     def model(n):
         with numpyro.plate("rows", n):
