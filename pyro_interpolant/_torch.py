@@ -227,7 +227,8 @@ class _OwnGenerators(TorchDispatchMode):
         drawing = _drawing_form(func)
         # A worker of a DataLoader inherits this scope: all would draw the same, as this one does.
         # Its default generator is seeded by its number and a draw from here.
-        if drawing is None or self.process != os.getpid():
+        is_own = self is _SCOPE.generators and self.process == os.getpid()  # no scope is inside
+        if drawing is None or not is_own:
             return func(*args, **kwargs)
         operation, place = drawing
         named = kwargs.get("generator")

@@ -242,6 +242,16 @@ def test_attention_draws_where_it_has_dropout(share):
         assert (draws() > 0) == (share > 0)
 
 
+def test_what_takes_no_generator_draws_in_a_scope_inside_another_from_the_inner_one():
+    """Attention is of this kind; the outer scope waited for ever for what the inner one held."""
+    x = torch.ones(20)
+    with seeded(1):
+        alone = torch.native_dropout(x, 0.5, True)[0]  # noqa: FBT003
+    with seeded(0), seeded(1):
+        assert torch.equal(torch.native_dropout(x, 0.5, True)[0], alone)  # noqa: FBT003
+        assert draws() == 1
+
+
 @pytest.mark.parametrize("other", ["slopes", "jvp"])
 def test_two_threads_differentiate_forward_at_a_time(other):
     inside, done, errors = threading.Event(), threading.Event(), []

@@ -260,7 +260,7 @@ def fit(
                 choices = {"keep": not whiten, "at_random": at_random}
                 prepare_flow(distribution, split.kept, before, process, **choices)
             objective = aim(flow, seen, coupling, process)
-            near = objective.without_outliers(split.held)
+            objective.check_rows_apart(near := objective.without_outliers(split.held))
             fixed = objective.fixed_points(near, unseen, split.size)
             if density is not None:
                 density.near = near
@@ -439,15 +439,16 @@ def _finish(run: Run, density: HeldOutDensity, tolerance: float, *, progress: bo
     report = Report(distribution.transform.flow.event_dim, density.split.rows, *taken)
     distribution.report = report
     few = density.near.evenly(_CALIBRATION_ROWS)
-    rows = few.w.to(distribution.transform.flow.loc)
+    rows, given = few.w.to(distribution.transform.flow.loc), few.context
     bare, transform = distribution.without_support(), distribution.transform
     images = is_image(distribution.row_shape)
     found: tuple[Solver, float | None] = transform.solver, None
     try:
         if images:
             until = min(deadline, time.monotonic() + _CALIBRATION_SHARE * report.seconds)
-            context = None if few.context is None else few.context[:_CALIBRATION_IMAGES]
+            context = None if given is None else given[:_CALIBRATION_IMAGES]
             with attempted("calibrating the sampler", progress=progress):
+                run.monitor.objective.check_rows_apart(few)
                 found = calibrate_sampler_until(
                     until, distribution, context=context, tolerance=tolerance
                 )
@@ -455,9 +456,8 @@ def _finish(run: Run, density: HeldOutDensity, tolerance: float, *, progress: bo
             report = dataclasses.replace(report, sample_error=error)
         elif distribution.has_density():
             with attempted("calibrating the solver", progress=progress):
-                found = calibrate_until(
-                    deadline, bare, rows, context=few.context, tolerance=tolerance
-                )
+                run.monitor.objective.check_rows_apart(few)  # that started at zero
+                found = calibrate_until(deadline, bare, rows, context=given, tolerance=tolerance)
             transform.solver, error = process.agreed(found)
             report = dataclasses.replace(report, log_prob_error=error)
             with attempted("evaluating held-out rows", progress=progress):

@@ -29,7 +29,14 @@ from ..interpolants.linear import Interpolant
 from ..interpolants.nonlinear import Geodesic
 from ..nn.mlp import untrained_like
 from ..nn.modes import evaluated
-from ..nn.velocity import embedded, evaluate, image_shape, size_of, time_exponent
+from ..nn.velocity import (
+    couples_rows,
+    embedded,
+    evaluate,
+    image_shape,
+    size_of,
+    time_exponent,
+)
 from ..transforms.flow import Flow
 from ..transforms.interpolant import check_tensor
 from .checkpoint import Checkpoint
@@ -267,6 +274,21 @@ class Objective(nn.Module):
         """Return rows, given in the flow's coordinates, with others in the stead of outliers."""
         known = None if self.flow.classes else rows.context  # labels are no numbers
         return rows.take(inliers(self.whitened(rows).w, known, rows.weight))
+
+    def check_rows_apart(self, rows: Rows) -> None:
+        """Raise a ValueError if the value of a row depends on others, as far as three rows tell.
+
+        Args:
+            rows: The rows, in the flow's coordinates.
+        """
+        w = self.flow.whitening.to_white(rows.w[:3].to(self.flow.loc))
+        with evaluated(self.network):
+            if couples_rows(self.network, w, rows.context):
+                raise ValueError(
+                    "expected a velocity that treats rows independently, got one that is another "
+                    "for a row beside other rows, so that densities are wrong: torch's attention "
+                    "and recurrent layers take batch_first=True"
+                )
 
     def points(self, draws: Sequence[Callable[[], Rows]]) -> list[tuple[Points, ...]]:
         """Return the points of several batches of equal size, whose paths are evaluated at once.

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -1270,3 +1271,37 @@ def test_a_network_that_begins_to_draw_late_leaves_the_global_generator():
         found.append(weights_of(flow))
         torch.randn(7)
     assert equal(*found)
+
+
+class Sequences(nn.Module):
+    """Attention between the numbers of a row; or, by torch's default, between rows."""
+
+    def __init__(self, *, batch_first):
+        super().__init__()
+        self.event_dim, self.out = 2, nn.Linear(4, 1)
+        self.places = nn.Linear(2, 4)
+        self.heads = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+
+    def forward(self, t, x, context=None):
+        h = self.places(torch.stack((x, t[..., None].expand_as(x)), -1)).reshape(-1, 2, 4)
+        return self.out(self.heads(h, h, h, need_weights=False)[0]).reshape(x.shape)
+
+
+@pytest.mark.usefixtures("_small_runs")
+@pytest.mark.parametrize("starts_at_zero", [False, True])
+def test_a_velocity_whose_rows_depend_on_each_other_is_told_of(starts_at_zero):
+    """Before any work, but where it is still zero: then at the end, and nothing is lost."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 2)
+    for batch_first in (True, False):
+        velocity = Sequences(batch_first=batch_first)
+        if starts_at_zero:
+            nn.init.zeros_(velocity.out.weight)
+        flow = InterpolantDistribution(InterpolantTransform(velocity))
+        told = contextlib.nullcontext()
+        if not batch_first:
+            way = pytest.warns(UserWarning, match="take batch_first=True")
+            told = way if starts_at_zero else pytest.raises(ValueError, match="take batch_first")
+        with told:
+            fit(flow, x, steps=30, seed=0, progress=False)
+        assert (flow.report is not None) == (batch_first or starts_at_zero)
