@@ -337,8 +337,11 @@ def sites_of(
         shape = rows.shape[1:]
         lengths[name] = len(checked_rows(rows, f"site {name!r}", shape))
         support = supports.get(name, constraints.real)
-        bijection(support)
-        real_shape(shape, support)
+        try:
+            bijection(support)
+            real_shape(shape, support)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"site {name!r}: {error}") from error
         sites[name] = (torch.Size(shape), support)
     if len(set(lengths.values())) > 1:
         raise ValueError(f"expected as many draws of every site, got {lengths}")

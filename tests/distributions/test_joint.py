@@ -547,6 +547,13 @@ def test_packed_vectors_of_another_size_are_refused():
         joint.unpack([0.0, 1.0, 2.0])
 
 
+@pytest.mark.parametrize("support", [constraints.lower_cholesky, "positive"])
+def test_the_site_whose_support_cannot_be_learned_is_named(support):
+    draws = {"a": torch.randn(5), "scale": torch.randn(5, 2, 2)}
+    with pytest.raises((TypeError, ValueError), match="^site 'scale': expected "):
+        sites_of(draws, {"scale": support})
+
+
 def test_named_draws_may_be_nested_lists():
     draws = {"m": torch.randn(5, 2).tolist(), "s": torch.randn(5).tolist()}
     sites = sites_of(draws, {"m": constraints.real})
