@@ -227,8 +227,7 @@ class _OwnGenerators(TorchDispatchMode):
         drawing = _drawing_form(func)
         # A worker of a DataLoader inherits this scope: all would draw the same, as this one does.
         # Its default generator is seeded by its number and a draw from here.
-        is_own = self is _SCOPE.generators and self.process == os.getpid()  # no scope is inside
-        if drawing is None or not is_own:
+        if drawing is None or self.process != os.getpid():
             return func(*args, **kwargs)
         operation, place = drawing
         named = kwargs.get("generator")
@@ -256,7 +255,8 @@ class _OwnGenerators(TorchDispatchMode):
             before, start = default.get_state(), own.get_state()
             default.set_state(start)
             try:
-                return operation()
+                with draws_nothing():  # from scopes around this one, which would wait for it
+                    return operation()
             finally:
                 end = default.get_state()
                 self.draws += not torch.equal(start, end)

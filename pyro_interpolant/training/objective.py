@@ -281,9 +281,10 @@ class Objective(nn.Module):
         Args:
             rows: The rows, in the flow's coordinates.
         """
-        w = self.flow.whitening.to_white(rows.w[:3].to(self.flow.loc))
+        few = rows.each(lambda part: part[:3]).to(self.flow.loc.device)
+        w = self.flow.whitening.to_white(few.w.to(self.flow.loc))
         with evaluated(self.network):
-            if couples_rows(self.network, w, rows.context):
+            if couples_rows(self.network, w, few.context):
                 raise ValueError(
                     "expected a velocity that treats rows independently, got one that is another "
                     "for a row beside other rows, so that densities are wrong: torch's attention "
