@@ -118,15 +118,14 @@ def couples_rows(velocity: nn.Module, x: Tensor, context: Tensor | None) -> bool
     Args:
         velocity: The network, in evaluation.
         x: States, shape ``(N, D)``; of fewer than three nothing is told.
-        context: Contexts, shape ``(N, C)``, or None.
+        context: Contexts, embedded, shape ``(N, E)``, or None.
     """
     if len(x) < 3:
         return False
     t = torch.linspace(0.25, 0.75, 3).to(x)  # apart, where rows are alike
     x = torch.cat((_FAR * x[:1], x[1:3]))  # the first: a sequence may look back alone
-    context = embedded(velocity, None if context is None else context[:3])
     beside, alone = (
-        evaluate(velocity, t[i:], x[i:], None if context is None else context[i:]) for i in (0, 1)
+        evaluate(velocity, t[i:], x[i:], None if context is None else context[i:3]) for i in (0, 1)
     )
     return bool((alone - beside[1:]).abs().max() > _COUPLED * alone.abs().max())
 

@@ -282,9 +282,9 @@ class Objective(nn.Module):
             rows: The rows, in the flow's coordinates.
         """
         few = rows.each(lambda part: part[:3]).to(self.flow.loc.device)
-        w = self.flow.whitening.to_white(few.w.to(self.flow.loc))
-        with evaluated(self.network):
-            if couples_rows(self.network, w, few.context):
+        w, velocity = self.flow.whitening.to_white(few.w.to(self.flow.loc)), self.flow.velocity
+        with torch.no_grad(), evaluated(velocity), evaluated(self.network):
+            if couples_rows(self.network, w, embedded(velocity, few.context)):
                 raise ValueError(
                     "expected a velocity that treats rows independently, got one that is another "
                     "for a row beside other rows, so that densities are wrong: torch's attention "
