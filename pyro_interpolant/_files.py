@@ -9,7 +9,6 @@ import os
 import re
 import secrets
 import stat
-import time
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -202,13 +201,15 @@ def _short(path: Path) -> str:
 def _remove_stale(path: Path) -> None:
     """Remove what killed processes left of writes to a file.
 
-    They are known by their age. Their process may be of another machine, so it is not looked for.
+    They are known by their age beside the file just written. Their process may be of another
+    machine, so it is not looked for.
     """
     names = re.compile(rf"\.{re.escape(_short(path))}(\.\d+\.[0-9a-f]{{8}})?\.partial")
     # The file itself is written; and another process may be first.
     with suppress(OSError), os.scandir(path.parent) as entries:
+        written = path.stat().st_mtime
         for entry in entries:
-            if names.fullmatch(entry.name) and entry.stat().st_mtime < time.time() - _STALE:
+            if names.fullmatch(entry.name) and entry.stat().st_mtime < written - _STALE:
                 os.unlink(entry)
 
 

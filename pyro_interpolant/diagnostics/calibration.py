@@ -7,9 +7,8 @@ times makes an error of the path and of the integral, Hutchinson's probes one of
 import copy
 import dataclasses
 import math
-import time
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from torch import Tensor
 from .._package import check_ranges, number
 from .._torch import seeded, warn_user
 from ..distributions.interpolant import AnyDistribution, InterpolantDistribution, rows_given
-from ..distributions.rows import evenly_spaced
 from ..nn.modes import evaluated
 from ..solvers.divergence import ExactDivergence, HutchinsonDivergence
 from ..solvers.ode import Adaptive, FixedGrid, Solver
@@ -27,8 +25,6 @@ _FIRST_STEPS, _MAX_STEPS = 4, 256
 # Time set aside for the reference solve, in trials at the fewest steps; measured: 12 to 40.
 _REFERENCE_TRIALS = 40
 _FIRST_SAMPLE_STEPS, _MAX_SAMPLE_STEPS, _SAMPLES = 2, 64, 8
-_SURE_SAMPLE_STEPS = 8  # which are tried however short the time: as long as some training steps
-_LEAST_ROWS = 16  # on which a grid is chosen
 _WORST_ROW_FACTOR = 5.0  # by which its error may exceed the tolerance of the mean
 
 
@@ -63,13 +59,13 @@ class Calibrated(NamedTuple):
     """The solver that a calibration leaves.
 
     Attributes:
-        solver: The grid that it has set, or the solver before where no time was left.
+        solver: The grid that it has set.
         error: Its mean absolute error of log_prob, nats, or its error of samples, standard
-            deviations; None where no time was left to measure.
+            deviations.
     """
 
-    solver: Solver
-    error: float | None
+    solver: FixedGrid
+    error: float
 
 
 def solver_error(
@@ -181,49 +177,34 @@ def calibrate(
         ValueError: If the tolerance is not positive, or as :func:`solver_error`.
     """
     check_ranges(number("a positive tolerance in nats", tolerance, lambda n: n > 0))
-    found = calibrate_until(math.inf, distribution, x, tolerance=tolerance, context=context)
-    return cast("FixedGrid", found.solver)
+    return calibrated(distribution, x, tolerance=tolerance, context=context).solver
 
 
-def calibrate_until(
-    deadline: float,
+def calibrated(
     distribution: AnyDistribution,
     x: Tensor,
     *,
     tolerance: float,
     context: Tensor | None = None,
 ) -> Calibrated:
-    """Set the solver as :func:`calibrate`, on fewer rows or with a warning where time is short.
+    """Set the solver as :func:`calibrate`, and return its error, too.
 
     Args:
-        deadline: The time, by :func:`time.monotonic`, from which no solve is begun.
         distribution: As in :func:`calibrate`.
         x: As in :func:`calibrate`, shape ``(N, *event_shape)``.
         tolerance: As in :func:`calibrate`.
-        context: As in :func:`calibrate`, shape ``(N, C)``, one for each row where time is short.
+        context: As in :func:`calibrate`, shape ``(N, C)``.
 
     Returns:
-        The grid that was set, and its error; or the solver before.
+        The grid that was set, and its error.
     """
-    present = distribution.transform.solver
-    template = _template(present)
+    template = _template(distribution.transform.solver)
     with torch.no_grad(), evaluated(distribution.transform.flow):
         trials = _Trials(rows_given(distribution, x, context), template, tolerance)
-        few = trials.affordable(deadline - time.monotonic())
-        if 0 < few < len(x):
-            places = evenly_spaced(len(x), few).to(x.device)
-            x, context = x[places], context if context is None else context[places]
-            trials = _Trials(rows_given(distribution, x, context), template, tolerance)
-        steps = trials.fewest(deadline) if few else None
-        error = None if steps is None else trials.errors[steps]
-    if steps is None:
-        warn_user(
-            "no time was left to calibrate the solver, which is the one before: call "
-            "calibrate(distribution, rows), which says what its densities are worth"
-        )
-        return Calibrated(present, None)
-    distribution.transform.solver = dataclasses.replace(template, steps=steps)
-    return Calibrated(distribution.transform.solver, error)
+        steps = trials.fewest()
+    solver = dataclasses.replace(template, steps=steps)
+    distribution.transform.solver = solver
+    return Calibrated(solver, trials.errors[steps])
 
 
 def _template(present: Solver) -> FixedGrid:
@@ -237,10 +218,7 @@ def _template(present: Solver) -> FixedGrid:
 
 
 def _fewest(
-    error: Callable[[int], float],
-    tolerance: float,
-    steps: tuple[int, int, int],
-    is_late: Callable[[int], bool],
+    error: Callable[[int], float], tolerance: float, steps: tuple[int, int, int]
 ) -> tuple[int, float]:
     """Return the fewest steps that are good, or the most tried, and their error.
 
@@ -248,14 +226,13 @@ def _fewest(
         error: The error at so many steps.
         tolerance: What it may be.
         steps: The fewest to try, those to begin with, which are doubled, and the most.
-        is_late: Whether there is no time for so many.
     """
     least, high, most = steps
     low, found = least - 1, error(high)
-    while not found <= tolerance and high < most and not is_late(2 * high):
+    while not found <= tolerance and high < most:
         low, high = high, 2 * high
         found = error(high)
-    while found <= tolerance and high - low > 1 and not is_late(high):
+    while found <= tolerance and high - low > 1:
         middle = (low + high) // 2
         at_middle = error(middle)
         if at_middle <= tolerance:
@@ -286,31 +263,18 @@ class _Trials:
         self.template, self.tolerance = template, tolerance
         self.flow, self.rows = _bare(given)
         self.errors: dict[int, float] = {}
-        began = time.monotonic()
-        self.first = self._log_prob(_FIRST_STEPS)
-        self.seconds = time.monotonic() - began  # which the fewest steps take
 
-    def affordable(self, seconds: float) -> int:
-        """Return on how many rows a reference can be had in time, 0 where on too few."""
-        share = seconds / (_REFERENCE_TRIALS * max(self.seconds, 1e-9))
-        count = int(min(1.0, max(0.0, share)) * len(self.rows))
-        return count if count >= min(_LEAST_ROWS, len(self.rows)) else 0
-
-    def fewest(self, deadline: float) -> int:
+    def fewest(self) -> int:
         """Return the fewest steps that are good, or the most tried, with a warning."""
         reference = _reference(self.flow, self.rows)
 
-        def is_late(steps: int) -> bool:
-            return time.monotonic() + self.seconds * steps / _FIRST_STEPS > deadline
-
         def error(steps: int) -> float:
-            value = self.first if steps == _FIRST_STEPS else self._log_prob(steps)
-            each = _errors(value, reference).abs()
+            each = _errors(self._log_prob(steps), reference).abs()
             self.errors[steps] = float(each.mean())
             worst = torch.maximum(each.mean(), each.max() / _WORST_ROW_FACTOR)
             return float(worst.nan_to_num(math.inf, math.inf))
 
-        steps, found = _fewest(error, self.tolerance, (1, _FIRST_STEPS, _MAX_STEPS), is_late)
+        steps, found = _fewest(error, self.tolerance, (1, _FIRST_STEPS, _MAX_STEPS))
         if found > self.tolerance:
             self._warn(steps, found / self.tolerance)
         return steps
@@ -321,12 +285,6 @@ class _Trials:
 
     def _warn(self, steps: int, ratio: float) -> None:
         found = f"at {steps} it is {ratio:.3g} times the tolerance"
-        if steps < _MAX_STEPS:
-            warn_user(
-                f"the time was over before a grid had log_prob within {self.tolerance} nats of "
-                f"the reference: {found}. Call calibrate(distribution, rows)"
-            )
-            return
         warn_user(
             f"no grid up to {_MAX_STEPS} steps has log_prob within {self.tolerance} nats of the "
             f"reference: {found}. Set transform.solver = Adaptive(1e-8, 1e-8, nodes=256) for "
@@ -358,21 +316,18 @@ def calibrate_sampler(
     """
     good = number("a positive tolerance in standard deviations", tolerance, lambda n: n > 0)
     check_ranges(good)
-    found = calibrate_sampler_until(math.inf, distribution, tolerance=tolerance, context=context)
-    return cast("FixedGrid", found.solver)
+    return sampler_calibrated(distribution, tolerance=tolerance, context=context).solver
 
 
-def calibrate_sampler_until(
-    deadline: float,
+def sampler_calibrated(
     distribution: AnyDistribution,
     *,
     tolerance: float,
     context: Tensor | None = None,
 ) -> Calibrated:
-    """Set the solver as :func:`calibrate_sampler`, or a coarser grid where time is short.
+    """Set the solver as :func:`calibrate_sampler`, and return its error, too.
 
     Args:
-        deadline: The time, by :func:`time.monotonic`, from which no more than 8 steps are tried.
         distribution: As in :func:`calibrate_sampler`.
         tolerance: As in :func:`calibrate_sampler`.
         context: As in :func:`calibrate_sampler`, shape ``(N, C)``.
@@ -388,17 +343,16 @@ def calibrate_sampler_until(
             samples.error,
             tolerance,
             (_FIRST_SAMPLE_STEPS, _FIRST_SAMPLE_STEPS, _MAX_SAMPLE_STEPS),
-            lambda steps: steps > _SURE_SAMPLE_STEPS and time.monotonic() >= deadline,
         )
     if not error <= tolerance:  # that of samples which are not finite is NaN
-        short = "the time was over before" if steps < _MAX_SAMPLE_STEPS else "no grid has"
         warn_user(
-            f"{short} samples within {tolerance} standard deviations of a finer solve: at {steps} "
-            f"steps they are within {error:.2g}. Set transform.solver = FixedGrid(...), or call "
-            "diagnostics.calibrate_sampler(distribution)"
+            f"no grid has samples within {tolerance} standard deviations of a finer solve: at "
+            f"{steps} steps they are within {error:.2g}. Set transform.solver = FixedGrid(...), or "
+            "call diagnostics.calibrate_sampler(distribution)"
         )
-    distribution.transform.solver = dataclasses.replace(template, steps=steps)
-    return Calibrated(distribution.transform.solver, error)
+    solver = dataclasses.replace(template, steps=steps)
+    distribution.transform.solver = solver
+    return Calibrated(solver, error)
 
 
 class _Samples:

@@ -6,7 +6,6 @@ generalised Pareto distribution of the largest, k-hat, says which moments of w e
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,7 +23,6 @@ from ..solvers.ode import FixedGrid
 K_HAT_GOOD = 0.5  # up to it the weights have a variance, and averages the usual error
 K_HAT_LIMIT = 0.7  # above it weighted averages are not reliable, of any number of draws
 MIN_DRAWS = 100  # the fewest to whose weights a tail can be fitted
-_GROWTH = 10  # times as many draws at the most, once it is known what those before cost
 _COARSEST = 1.0  # nats, the rounding of the largest log weight, beyond which weights tell nothing
 _NEARLY_EQUAL = 0.9  # share of the draws that is effective
 _MIN_TAIL = 5  # the fewest largest weights to which a tail is fitted
@@ -211,33 +209,19 @@ def weighted_draws(
     proposal: TorchDistributionMixin,
     density: Callable[[Tensor], Tensor],
     count: int,
-    *,
-    deadline: float = math.inf,
 ) -> WeightedDraws:
     """Return fresh draws of a proposal with their weights, the largest computed with care.
-
-    Beside a deadline as many as there is time for: 100 tell what one costs, 900 more tell it
-    better, and none of them is lost.
 
     Args:
         proposal: The proposal.
         density: The target, from draws to log densities.
-        count: The most draws; as many where they are fewer than 100, or there is no deadline.
-        deadline: When they are to be there, by :func:`time.monotonic`.
+        count: The number of draws.
     """
-    parts, there = [], 0
-    few = count if deadline == math.inf else min(count, MIN_DRAWS)
-    while few > 0:
-        began = time.monotonic()
-        x = proposal.rsample(torch.Size((few,)))
-        parts.append((x, density(x), proposal.log_prob(x)))
-        there, now = there + few, time.monotonic()
-        affordable = (deadline - now) / max(now - began, 1e-9) * few
-        few = int(min(min(count, _GROWTH * there) - there, affordable))
-    x, log_p, log_q = (torch.cat(each) for each in zip(*parts, strict=True))
+    x = proposal.rsample(torch.Size((count,)))
+    log_p, log_q = density(x), proposal.log_prob(x)
     change = solver_error = 0.0
     if isinstance(proposal, InterpolantDistribution):
-        few = tail_length(there)
+        few = tail_length(count)
         log_q, change = recompute_largest(proposal, x, log_p, log_q, few)
         solver_error = solver_error_of_mean(proposal, density, few)
     return WeightedDraws(x, log_ratio(log_p, log_q), change, solver_error)

@@ -6,7 +6,6 @@ mass outside, so that all simulations in the region train the next round.
 """
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ from ..transforms.bijections import biject
 from ..transforms.interpolant import ConditionalInterpolantTransform
 from .data import is_hidden
 from .importance_sampling import GOOD_SHARE, at_edges, importance_of
-from .log_density import TO_BATCH, LogJoint, NoDensityError
+from .log_density import LogJoint, NoDensityError
 from .simulation import Simulator
 from .simulations import Simulations
 from .sites import LatentSites
@@ -47,13 +46,12 @@ _REGION_DRAWS, _LOOPED_DRAWS = 10_000, 1000  # of the prior at once, and one by 
 # and 100 by 74%.
 _ROUND_SHARE = 0.1
 _MOST_TRIES = 1000  # prior draws for each that is kept
-_TRAINING_SHARE = 0.9  # of the time, for simulations and training; the rest: the verdict
 # The learning rate with an embedding, whose training 1e-2 makes unstable: after 1,000 steps of 256
 # sets of 20 rows, a posterior of two modes had 1.4 nats at this rate and 0.5 at 1e-2.
 _EMBEDDING_RATE = 2e-3
-# Of a run with a time limit: the fewest steps, else one for each simulation; and the patience. So
-# the rate falls to the end (a gain of 0.26 nats on gaussian_mixture, 1,000 simulations), and a
-# loss that rises early by chance does not end the run (0.14 at 10,000).
+# The fewest steps, else one for each simulation; and the patience. So the rate falls to the end (a
+# gain of 0.26 nats on gaussian_mixture, 1,000 simulations), and a loss that rises early by chance
+# does not end the run (0.14 at 10,000).
 _FEWEST_STEPS, _PATIENCE = 2000, 100
 
 Pack = Callable[[Simulations], tuple[Tensor, Tensor]]
@@ -71,19 +69,18 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     check_options(settings, own, "a guide starts from N(0, I), and has its data from the model")
 
 
-def pace(velocity: nn.Module, rows: object, clock: Clock, share: float) -> dict[str, Any]:
+def pace(velocity: nn.Module, rows: object, clock: Clock) -> dict[str, Any]:
     """Return options of :func:`~pyro_interpolant.fit`, where the caller gives no others.
 
     Args:
         velocity: The network.
         rows: Packed rows, ``(N, D)``, or batches of them.
         clock: The time.
-        share: Of it, when training is to end, but for the verdict.
     """
-    options: dict[str, Any] = {"max_seconds": clock.part(share * _TRAINING_SHARE)}
+    options: dict[str, Any] = {"max_seconds": clock.left()}
     if isinstance(velocity, EmbeddedVelocity) and velocity.embedding is not None:
         options["learning_rate"] = _EMBEDDING_RATE
-    if isinstance(rows, Tensor) and clock.limit < math.inf:
+    if isinstance(rows, Tensor):
         options |= {"steps": max(_FEWEST_STEPS, len(rows)), "patience": _PATIENCE}
     return options
 
@@ -218,7 +215,7 @@ def measured_on_simulations(
     is_whole = is_whole and not is_hidden(simulator, fresh.latents | fresh.data)
     found, reason = list[tuple[float, float, float]](), NO_DENSITY
     if is_whole:
-        found, reason = _importance_of_data_sets(posterior, fresh, (rows, context), sites, clock)
+        found, reason = _importance_of_data_sets(posterior, fresh, (rows, context), sites)
     levels = torch.tensor(_LEVELS, dtype=torch.float64)
     numbers = torch.tensor(found or [(math.nan,) * 3], dtype=torch.float64)
     found_at = [torch.quantile(s, levels, interpolation="nearest") for s in numbers.T]
@@ -235,11 +232,10 @@ def _importance_of_data_sets(
     fresh: Simulations,
     packed: tuple[Tensor, Tensor],
     sites: LatentSites,
-    clock: Clock,
 ) -> tuple[list[tuple[float, float, float]], str]:
     """Return k-hat, the effective share of draws, and log-evidence, of some data sets.
 
-    Of as many as there is time for, and of none where the data have no density, or it cannot be
+    Of none where the data have no density, or it cannot be
     evaluated, beside a sentence that says why: it is first tried at the latents that gave them.
     Where it fails there for some, no draw counts.
     """
@@ -249,7 +245,7 @@ def _importance_of_data_sets(
         data = {name: value[i] for name, value in fresh.data.items()}
         try:
             density = LogJoint(sites, poutine.condition(sites.model, data), rows[i : i + 1])
-            drawn = importance_of(view, density, _JUDGED_DRAWS, clock.deadline())
+            drawn = importance_of(view, density, _JUDGED_DRAWS)
         except NoDensityError:
             return [], NO_DENSITY
         except (ValueError, RuntimeError) as error:
@@ -259,8 +255,6 @@ def _importance_of_data_sets(
             summary = drawn.summary()
             edges = edges or at_edges(view.log_prob, density, drawn.x, summary.log_evidence)
             found.append((summary.k_hat, summary.ess / len(drawn.x), summary.log_evidence))
-        if time.monotonic() > clock.deadline():
-            break
     if edges:
         warn_user(f"of one data set {edges}")
     return found + failed * [(math.inf, 0.0, -math.inf)] if found else [], reason
@@ -281,7 +275,7 @@ def verdict_of_amortised(result: AmortizedResult, reason: str = NO_DENSITY) -> s
     left = f"; {improper:.2%} of the simulations were not finite and left out" if improper else ""
     if math.isnan(k_hat[-1]):
         return f"{found}{left}. {reason}"
-    count = result.data_sets  # fewer than twenty where time was short
+    count = result.data_sets
     weights = (
         f"over {count} data set{'s' * (count != 1)} {ess[1]:.0%} of draws effective (median; 5% "
         f"quantile {ess[0]:.0%}), k-hat {k_hat[1]:.2f} (median; 95% quantile {k_hat[-1]:.2f})"
@@ -311,7 +305,6 @@ def truncated(
     posteriors: list[Region],
     count: int,
     pack: Callable[[Mapping[str, Tensor]], Tensor],
-    deadline: float,
 ) -> Simulations | None:
     """Return simulations whose latents come from the prior truncated to regions, or None of none.
 
@@ -321,16 +314,13 @@ def truncated(
             edge of the region.
         count: How many simulations.
         pack: From latents to packed rows.
-        deadline: When to be content with those that are there, by :func:`time.monotonic`.
     """
     is_told = simulator.is_told_early  # what is hidden cannot be given: then all is drawn at once
     kept: list[Simulations] = []
     there = tries = 0
     size = _LOOPED_DRAWS if simulator.batching == "loop" else max(count, _REGION_DRAWS)
     while there < count and tries < _MOST_TRIES * count:
-        if tries and time.monotonic() > deadline:
-            break
-        found = simulator.prior(size) if is_told else simulator(size, deadline=deadline)
+        found = simulator.prior(size) if is_told else simulator(size)
         inside = is_inside(posteriors, pack(found.latents))
         kept.append(found.take(inside))
         there, tries = there + int(inside.sum()), tries + size
@@ -338,7 +328,7 @@ def truncated(
         return None
     found = Simulations.joined(kept).take(torch.arange(min(count, there)))
     given = found.latents | found.data
-    return simulator(len(found.log_prior), given, deadline) if is_told else found
+    return simulator(len(found.log_prior), given) if is_told else found
 
 
 def are_enough(found: Simulations, count: int, number: int) -> bool:
@@ -354,7 +344,7 @@ def are_enough(found: Simulations, count: int, number: int) -> bool:
         return True
     warn_user(
         f"round {number} is left out: it has {there:,} simulations where the guide has its mass, "
-        f"too few to learn more from than it did from {count:,}. Give a longer max_seconds, or "
+        f"too few to learn more from than it did from {count:,}. Give more simulations, or "
         "weigh its draws by importance(guide, *args)"
     )
     return False
@@ -374,19 +364,6 @@ def region(posterior: InterpolantDistribution) -> Region:
     """Return a posterior, and the density on the edge of the region that holds its mass."""
     log_q = posterior.log_prob(posterior.sample((_REGION_DRAWS,)))
     return posterior, float(log_q.quantile(_OUTSIDE))
-
-
-def tell_of_fewer(there: int, count: int, simulator: Simulator) -> None:
-    """Warn where half of the time was not enough for all simulations, and say what would be."""
-    if there == count:
-        return
-    remedy = "Give a longer max_seconds"
-    if simulator.batching == "loop":
-        remedy = (
-            f"The model cannot be drawn from many times at once. {TO_BATCH}; or use more "
-            "processes, AmortizedInterpolant(model, num_workers=...), or a longer max_seconds"
-        )
-    warn_user(f"half of the time was enough for {there:,} of {count:,} simulations. {remedy}")
 
 
 def tell_if_coarse(found: Simulations, observed: Sequence[str], dtype: torch.dtype) -> None:

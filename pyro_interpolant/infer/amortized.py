@@ -6,7 +6,6 @@ any data the model may give are then a call. What it is worth is measured on fre
 
 import copy
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +40,6 @@ from .amortization import (
     pace,
     region,
     tell_if_coarse,
-    tell_of_fewer,
     truncated,
     untrained_posterior,
 )
@@ -67,7 +65,6 @@ from .simulations import Simulations
 from .sites import LatentSites, Model, check_one_data_set, one_posterior
 
 _SIMULATIONS = 10_000
-_SIMULATING, _JUDGING = 0.5, 0.05  # of the time at most, for simulations, and for fresh ones
 _POINTS = 64  # draws at which the density of a model is tried
 
 
@@ -341,7 +338,7 @@ class AmortizedInterpolant(AutoInterpolant):
         *,
         samples: Mapping[str, ArrayLike] | None,
         simulations: int | Iterable[Any] | None,
-        rounds: int,
+        rounds: int | None,
     ) -> AmortizedResult | GuideResult:
         """Train on simulations; called by :func:`~pyro_interpolant.fit_guide`.
 
@@ -351,7 +348,7 @@ class AmortizedInterpolant(AutoInterpolant):
             settings: Options of :func:`~pyro_interpolant.fit`.
             samples: None.
             simulations: How many simulations, batches of them, or None.
-            rounds: In how many rounds.
+            rounds: In how many rounds; None is one.
         """
         if samples is not None:
             raise ValueError(
@@ -361,6 +358,7 @@ class AmortizedInterpolant(AutoInterpolant):
             )
         check_settings(settings)
         count: Any = _SIMULATIONS if simulations is None else simulations
+        rounds = 1 if rounds is None else rounds
         check_ranges(whole("rounds", rounds, 1))
         rounds, seed = int(rounds), settings["seed"]
         self._check_simulated(sites)
@@ -376,19 +374,15 @@ class AmortizedInterpolant(AutoInterpolant):
                 "expected a seed beside a checkpoint, with which the same simulations are drawn "
                 f"again, and one round, got seed={seed} and rounds={rounds}"
             )
-        # A run that goes on from a checkpoint draws the same simulations, whatever their time.
-        share = math.inf if settings.get("checkpoint") is not None else _SIMULATING / rounds
         with seeded(seed):
             simulator = Simulator(sites, self.observed, self.num_workers)
             self._see_rows(sites, simulator, is_own=True)
-            found = simulator(count, deadline=clock.moment(share))
-            tell_of_fewer(len(found.log_prior) + found.improper, count, simulator)
+            found = simulator(count)
             tell_if_coarse(found, self.observed, self.transform.flow.loc.dtype)
             tell_if_determined(simulator)
-            late = clock.moment(share + _JUDGING)
-            fresh = simulator(JUDGED_ROWS, deadline=late) if rounds == 1 else found
+            fresh = simulator(JUDGED_ROWS) if rounds == 1 else found
         self._begin(sites)
-        training = self._regress(found, clock, 1 / rounds, settings)
+        training = self._regress(found, clock, settings)
         if rounds > 1:
             return self._in_rounds(rounds, sites, simulator, (found, training), clock, settings)
         size = len(found.log_prior)
@@ -438,7 +432,7 @@ class AmortizedInterpolant(AutoInterpolant):
         tell_if_coarse(found.held, self.observed, self.transform.flow.loc.dtype)
         held = {"validation": self.rows_of(found.held), **settings}
         self._begin(sites)
-        training = self._fit(found, clock, 1.0, held)
+        training = self._fit(found, clock, held)
         improper = found.improper / (found.count + found.improper)
         with seeded(None if settings["seed"] is None else settings["seed"] + 1):
             given = simulator, sites, clock, training, found.trained, improper
@@ -463,35 +457,30 @@ class AmortizedInterpolant(AutoInterpolant):
             density = None if hides else known_log_joint(sites, z)
         regions: list[Region] = []
         for i in range(1, rounds):
-            if training.stopped_by == "interrupt":
+            if training.stopped_by in ("interrupt", "time"):
                 break
             ended = copy.deepcopy(self.posterior).freeze()  # the weights go on
-            late = clock.moment((i + _SIMULATING) / rounds)
             with seeded(None if seed is None else seed + i):
                 regions.append(region(ended.given(known)))
-                new = truncated(simulator, regions, count, self._packed, late)
+                new = truncated(simulator, regions, count, self._packed)
             inside = found.take(is_inside(regions, self._packed(found.latents)))
             found = inside if new is None else Simulations.joined([inside, new])
             if not are_enough(found, count, i + 1):
                 break
-            there = 0 if new is None else len(new.log_prior) + new.improper
-            tell_of_fewer(there, count, simulator)
             self.posterior.refined_for = known
-            training = self._regress(found, clock, (i + 1) / rounds, settings)
+            training = self._regress(found, clock, settings)
         posterior = self.posterior.given(known)
         result = self._judged(posterior, density, clock, seed, training)
         return result._replace(verdict=NO_DENSITY) if hides else result
 
-    def _regress(
-        self, found: Simulations, clock: Clock, share: float, settings: dict[str, Any]
-    ) -> FitResult:
-        """Train on simulations until a share of the time is spent."""
+    def _regress(self, found: Simulations, clock: Clock, settings: dict[str, Any]) -> FitResult:
+        """Train on simulations."""
         rows, context = self.rows_of(found)
-        return self._fit(rows, clock, share, {"context": context, **settings})
+        return self._fit(rows, clock, {"context": context, **settings})
 
-    def _fit(self, rows: Any, clock: Clock, share: float, settings: dict[str, Any]) -> FitResult:
+    def _fit(self, rows: Any, clock: Clock, settings: dict[str, Any]) -> FitResult:
         """Train on packed rows, or on batches of them and their contexts."""
-        defaults = pace(self.transform.velocity, rows, clock, share)
+        defaults = pace(self.transform.velocity, rows, clock)
         names = self.posterior.context_columns
         with trainable(self.transform):  # and then as it was: SVI may train on
             training = fit(self.posterior, rows, **{**defaults, **settings})

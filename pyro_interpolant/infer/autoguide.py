@@ -303,7 +303,7 @@ class AutoInterpolant(AutoContinuous):
         *,
         samples: Mapping[str, ArrayLike] | None,
         simulations: int | Iterable[Any] | None,
-        rounds: int,
+        rounds: int | None,
     ) -> GuideResult | AmortizedResult:
         """Train on what there is to learn from; called by :func:`~pyro_interpolant.fit_guide`.
 
@@ -313,20 +313,19 @@ class AutoInterpolant(AutoContinuous):
             settings: Options of the training.
             samples: Posterior draws by site, or None.
             simulations: The number of simulations, an iterable of batches of them, or None.
-            rounds: In how many rounds.
+            rounds: In how many rounds, or None.
         """
-        if simulations is not None or rounds != 1:
+        if simulations is not None:
             raise ValueError(
-                "expected simulations and rounds for an AmortizedInterpolant, got them for an "
+                "expected simulations for an AmortizedInterpolant, got them for an "
                 f"{type(self).__name__}, which learns one posterior"
             )
+        if samples is not None and rounds is not None:
+            raise ValueError("expected samples or rounds, got both: samples are learned in one")
         rows = None if samples is None else sites.pack(samples)
         density = None if rows is None else known_log_joint(sites, rows)
         posterior, seed = InterpolantDistribution(self.transform), settings["seed"]
-
-        def within(share: float) -> dict[str, Any]:
-            return {"max_seconds": clock.part(share), **settings}
-
+        settings = {"max_seconds": clock.left(), **settings}
         training: FitResult | RoundsResult
         if rows is None:
             if settings.get("checkpoint") is not None:
@@ -336,15 +335,16 @@ class AutoInterpolant(AutoContinuous):
                 )
             density = LogJoint(sites)
             with seeded(seed):
-                settings = {"start": prior_draws(density, PRIOR_DRAWS), **settings}
+                start = prior_draws(density, PRIOR_DRAWS)
+            settings = {"start": start, "rounds": rounds, **settings}
             with trainable(self.transform):  # and then as it was: SVI may train on
-                training = train_from_density(posterior, density, **within(MODEL_SHARE))
+                training = train_from_density(posterior, density, **settings)
             density.check(training.particles)
         else:
             check_settings(settings)
             rows = rows.to(self.transform.flow.loc)
             with trainable(self.transform):
-                training = fit(posterior, rows, **within(_SAMPLES_SHARE))
+                training = fit(posterior, rows, **settings)
         return self._judged(posterior, density, clock, seed, training)
 
     def _judged(
@@ -393,8 +393,6 @@ class AutoInterpolant(AutoContinuous):
 # The weights of guides in the parameter store, by ``id``: others come from elsewhere.
 _CLAIMED: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 PRIOR_DRAWS = 4096  # from which training on the model alone starts
-_SAMPLES_SHARE = 0.95  # of the time, for regression and calibration; the rest: the verdict
-MODEL_SHARE = 0.97  # of the time, for training on the model alone; the rest: what comes after
 _UNKNOWN = "Unknown, the log joint density cannot be evaluated."
 
 
@@ -404,8 +402,8 @@ def fit_guide(
     *args: object,
     samples: Mapping[str, ArrayLike] | None = None,
     simulations: int | Iterable[Any] | None = None,
-    rounds: int = 1,
-    max_seconds: float = 120.0,
+    rounds: int | None = None,
+    max_seconds: float | None = None,
     seed: int | None = None,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -430,19 +428,16 @@ def fit_guide(
             ``(N, *site_shape)`` or by chain ``(C, N, *site_shape)``, such as
             ``mcmc.get_samples()``.
         simulations: How many simulations an amortised guide learns from, by default 10,000, in as
-            many steps and 2,000 at least, if there is time. They take half of it at most, and are
-            fewer, with a warning, where that is not enough; beside a checkpoint all are drawn. Or
-            batches of simulations made elsewhere: an iterable of ``(latents, data)``, two
-            dictionaries by site, each value ``(B, *site_shape)``, again each time it is gone
-            through, in memory or not. The first ones, a tenth of 10,000, judge the guide.
-        rounds: How many times an amortised guide is trained for the data in the arguments: from
-            the second on, simulations come from the part of the prior where the guide has its
-            mass, so that its posterior stays right. By default once, for all data.
-        max_seconds: The time to spend in all, from the call to the verdict; it takes up to 5% and
-            5 s more, or one step or one solve where those are longer, or what 100 evaluations of
-            the model take for a verdict, and, for training on it alone, what a warning says.
-        seed: Makes the run reproducible as far as the clock allows; the global generator is left
-            as it was.
+            many steps and 2,000 at least. Or batches of simulations made elsewhere: an iterable of
+            ``(latents, data)``, two dictionaries by site, each value ``(B, *site_shape)``, again
+            each time it is gone through, in memory or not. The first ones, a tenth of 10,000, judge the guide.
+        rounds: Of training from the model alone, the most, by default 20. Of an amortised guide,
+            how many times it is trained for the data in the arguments: from the second on,
+            simulations come from the part of the prior where the guide has its mass, so that its
+            posterior stays right. By default once, for all data.
+        max_seconds: A limit of the time until the training ends, by default none; the calibration
+            and the verdict follow. ``result.training.stopped_by`` says where it cut the run.
+        seed: Makes the run reproducible; the global generator is left as it was.
         progress: Whether to show a bar.
         checkpoint: A file to keep the state of the training in, as in
             :func:`~pyro_interpolant.fit`; beside samples, or simulations with a seed, which draws
@@ -475,7 +470,7 @@ def fit_guide(
         >>> result.k_hat < 0.7, abs(result.log_evidence) < 0.1
         (True, True)
     """
-    clock = Clock(max_seconds, or_none=False)
+    clock = Clock(max_seconds)
     if not isinstance(guide, AutoInterpolant):
         got = f"{type(guide).__module__}.{type(guide).__name__}"
         raise TypeError(f"expected an AutoInterpolant of pyro_interpolant, got {got}")

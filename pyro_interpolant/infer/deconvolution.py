@@ -21,7 +21,6 @@ References:
 """
 
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -59,7 +58,6 @@ def gaussian_latents(
     y: Tensor,
     precisions: Tensor,
     each: int = 1,
-    deadline: float = math.inf,
     inside: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return latents of rows, shape ``(each, N, D)``, drawn under the mixture that explains them.
@@ -69,8 +67,6 @@ def gaussian_latents(
             somewhere.
         precisions: Inverse covariances of their errors, shape ``(N, D, D)``.
         each: The number of latents of a row.
-        deadline: The time, by :func:`time.monotonic`, after which no step of the fit is begun,
-            except the first and the few that cut it off.
         inside: Whether x may be at points, shape ``(*, D)``; or None, where it may be anywhere.
     """
     known = precisions.diagonal(dim1=-2, dim2=-1) > 0
@@ -83,7 +79,6 @@ def gaussian_latents(
             (y - mean).where(known, 0.0) / scale,
             precisions * scale * scale[:, None],
             each,
-            deadline,
             None if inside is None else partial(_is_inside, inside, mean, scale),
         )
         latents, spread = mean + scale * found, found.std((0, 1), correction=0)
@@ -106,14 +101,13 @@ def _standard_latents(
     y: Tensor,
     precisions: Tensor,
     each: int,
-    deadline: float,
     inside: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     """Return latents of standardised rows, as :func:`gaussian_latents` does."""
     # No error is so small that rounding makes matrices singular: each has this variance beside.
     floored = torch.eye(y.shape[1]).to(precisions) + _JITTER * precisions
     precisions = torch.linalg.solve(floored, precisions)
-    mixture = _best(y, precisions, deadline)
+    mixture = _best(y, precisions)
     if inside is not None:
         few = torch.randperm(len(y))[:_MOST_ROWS].to(y.device)
         for _ in range(_CUT_ITERATIONS):
@@ -122,7 +116,7 @@ def _standard_latents(
     return torch.cat([_drawn(mixture, *part, each) for part in parts], dim=1)
 
 
-def _best(y: Tensor, precisions: Tensor, deadline: float) -> _Mixture:
+def _best(y: Tensor, precisions: Tensor) -> _Mixture:
     """Return the mixture that explains standardised rows, by the evidence of rows held out."""
     some = torch.randperm(len(y))[:_MOST_ROWS].to(y.device)
     held, kept = some.tensor_split([math.ceil(_HELD_SHARE * len(some))])
@@ -133,7 +127,7 @@ def _best(y: Tensor, precisions: Tensor, deadline: float) -> _Mixture:
     mixture = _Mixture(shares.log(), y.new_zeros(2, dim), torch.stack((one, _WIDE**2 * one)))
     best, highest, split = mixture, y.new_full((len(held),), -math.inf), 1
     while True:
-        mixture = _improved(mixture, *learned, _ITERATIONS, deadline)
+        mixture = _improved(mixture, *learned, _ITERATIONS)
         found = _log_evidence(mixture, *judged)
         gain = found - highest
         if gain.mean() > 0:
@@ -141,20 +135,16 @@ def _best(y: Tensor, precisions: Tensor, deadline: float) -> _Mixture:
         elif gain.mean() < -gain.std() / math.sqrt(len(gain)):
             break
         split *= 2
-        if split > min(most, _MOST_COMPONENTS) or time.monotonic() > deadline:
+        if split > min(most, _MOST_COMPONENTS):
             break
         mixture = _split(mixture)
-    return _improved(best, *both, _LAST_ITERATIONS, deadline)
+    return _improved(best, *both, _LAST_ITERATIONS)
 
 
-def _improved(
-    mixture: _Mixture, y: Tensor, precisions: Tensor, steps: int, deadline: float
-) -> _Mixture:
-    """Return the mixture after steps of expectation maximisation: one, and more if time allows."""
+def _improved(mixture: _Mixture, y: Tensor, precisions: Tensor, steps: int) -> _Mixture:
+    """Return the mixture after steps of expectation maximisation."""
     for _ in range(steps):
         mixture = _maximized(mixture, y, precisions)
-        if time.monotonic() > deadline:
-            break
     return mixture
 
 

@@ -1,7 +1,6 @@
 r"""Simulated expectation maximisation: latents drawn under a flow, a flow regressed on them."""
 
 import math
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._torch import seeded, warn_user
-from ..diagnostics.calibration import calibrate_until
+from ..diagnostics.calibration import calibrated
 from ..diagnostics.psis import log_total
 from ..distributions.interpolant import AnyDistribution
 from ..distributions.report import Report
@@ -24,7 +23,6 @@ from .latents import by_sets, chunks, draw_latents, given
 from .noise import Measurements
 from .regression import FlowRegression, RateSchedule
 
-_END_SHARE = 0.9  # of the time; the rest: calibration, and the evidence of rows held out
 _ROUND_STEPS = 50  # of the regression
 _RATE = 1e-3  # of the regression, before it falls: at twice of it a good start got worse
 _ROUND_ROWS = 2048  # whose latents are drawn anew
@@ -35,9 +33,8 @@ _MOST_POOLS = 10  # rounds whose latents are kept, or as many as go once through
 # averages were nearer to the truth than those of the last 200 steps, by an eighth in the energy
 # distance.
 _DECAY = 1.0
-_LOOKS, _LOOK_SHARE = 10, 0.2  # at the log-evidence of rows held out, and of the time, at most
+_LOOKS = 10  # at the log-evidence of rows held out
 _LOOK_ROWS, _MOST_HELD = 1000, 2000  # in a look; in the report, and so held out
-_FIRST_ROWS = 500  # in the report, however short the time
 _START_MIXED = 0.01  # of the start, in the population that a look judges
 _SOLVER = FixedGrid(steps=10)  # between the rounds; what it is off by, the flow would learn
 # Of latents, see draw_latents. Two steps, and own draws for all rows, took 85% of the time.
@@ -229,15 +226,13 @@ class ExpectationMaximization:
         distribution: The flow, trained on the start, which is trained further in place.
         catalogue: The objects.
         held: The indices of those held out.
-        steps: The number of steps of the regression, or infinity.
-        clock: The time.
+        steps: The number of steps of the regression.
+        clock: The time, whose limit ends the rounds.
 
     Attributes:
         selection: Which weights are kept, by the log-evidence of rows held out, a hundredth of the
             start mixed in: one row whose evidence is missed must not choose the round.
         start_weights: The weights of the start.
-        most_looks: How many looks at rows held out, the last at the end; fewer than ten where
-            these would take too much of the time.
 
     Raises:
         ValueError: If no row held out has a likelihood under the start.
@@ -248,12 +243,12 @@ class ExpectationMaximization:
         distribution: AnyDistribution,
         catalogue: Catalogue,
         held: Tensor,
-        steps: float,
+        steps: int,
         clock: Clock,
     ) -> None:
         self.distribution, self.catalogue, self.held = distribution, catalogue, held
         self.steps, self.clock = steps, clock
-        self.schedule = RateSchedule(clock.spent(), _END_SHARE * clock.limit, peak=_RATE)
+        self.schedule = RateSchedule(max(1, steps), peak=_RATE)
         self.order = _passes(len(catalogue), held, catalogue.round_rows)
         distribution.transform.solver = _SOLVER
         passes = math.ceil(len(catalogue) / catalogue.round_rows)
@@ -261,27 +256,29 @@ class ExpectationMaximization:
             distribution, [], most=min(_MOST_POOLS, passes), ema=_DECAY
         )
         self.regression.pools.append(self._latents())
-        began = clock.spent()
         self.first = self._held_out()
-        took, left = clock.spent() - began, self.schedule.end - clock.spent()
-        self.most_looks = int(max(1, min(_LOOKS, _LOOK_SHARE * left / max(took, 1e-9))))
         self.looks, self.selection = 0, Selection()
         self.selection.judge(0, Scores.equal(-self.first))
         self.start_weights = self.kept_weights = self.regression.values()
 
     def done(self) -> float:
-        """Return the share of the rounds that is done."""
-        return self.schedule.done(self.clock.spent(), self._share_of_steps())
+        """Return the share of the steps that is done."""
+        return self.regression.descent.steps / self.steps if self.steps else 1.0
+
+    def is_over(self) -> bool:
+        """Return whether all steps are done, or the time for them is over."""
+        return self.done() >= 1 or (self.clock.is_over() and self.regression.descent.steps > 0)
 
     def round(self) -> None:
         """Regress the flow on latents, and draw some anew."""
-        left = self.steps - self.regression.descent.steps
-        self.regression(int(min(_ROUND_STEPS, left)), self._rate, seconds=math.inf)
+        done = self.regression.descent.steps
+        steps = min(_ROUND_STEPS, self.steps - done)
+        self.regression(steps, lambda step: self.schedule.rate(done + step))
         with self.regression.descent.averaged():
             self.distribution.clear_cache()
             latents = self._latents()
-            looks = int(self.done() * self.most_looks)
-            if self.looks < looks < self.most_looks:
+            looks = int(self.done() * _LOOKS)
+            if self.looks < looks < _LOOKS:
                 self.looks = looks
                 self._look()
         self.regression.add(latents)
@@ -297,12 +294,6 @@ class ExpectationMaximization:
         """Return latents of the next objects, drawn by the network as it is used."""
         with evaluated(self.distribution.transform.flow):
             return self.catalogue.latents(self.distribution, next(self.order))
-
-    def _share_of_steps(self) -> float:
-        return self.regression.descent.steps / self.steps if self.steps else 1.0
-
-    def _rate(self) -> float:
-        return self.schedule.rate(self.clock.spent(), self._share_of_steps())
 
     def _look(self) -> None:
         mixed = torch.logaddexp(
@@ -371,7 +362,7 @@ def learn(
     distribution: AnyDistribution,
     catalogue: Catalogue,
     held: Tensor,
-    steps: float,
+    steps: int,
     clock: Clock,
     *,
     seed: int | None,
@@ -383,8 +374,8 @@ def learn(
         distribution: The flow, trained on the start.
         catalogue: The objects.
         held: The indices of those held out.
-        steps: The number of regression steps, or infinity.
-        clock: The time.
+        steps: The number of regression steps.
+        clock: The time, whose limit ends the rounds.
         seed: Makes the run reproducible.
         progress: Whether to show a bar, and the report.
     """
@@ -405,7 +396,7 @@ def learn(
 def _go_through_rounds(run: ExpectationMaximization, show: Show) -> None:
     """Go through all rounds of a run, or as many as there are before it is interrupted."""
     try:
-        while run.done() < 1:
+        while not run.is_over():
             run.round()
             show(run.done(), f"{_EVIDENCE}={-run.selection.best:.4g}")
     except KeyboardInterrupt:
@@ -415,23 +406,18 @@ def _go_through_rounds(run: ExpectationMaximization, show: Show) -> None:
 def _evidence(run: ExpectationMaximization) -> tuple[Tensor, Tensor, float]:
     """Return log-evidences of rows held out and their errors, and the mean of the start's.
 
-    All of the same rows by the same draws; few rows where time is short.
+    All of the same rows by the same draws.
     """
 
     def evidence(index: Tensor) -> tuple[Tensor, Tensor]:
         with seeded(0):
             return run.catalogue.log_evidence(run.distribution, index, finely=True)
 
-    began, index = time.monotonic(), run.held[:_FIRST_ROWS]
-    values, errors = evidence(index)
-    pace = (time.monotonic() - began) / len(index)
-    if len(index) < len(run.held) and 2 * pace * len(run.held) < run.clock.deadline() - began:
-        index = run.held
-        values, errors = evidence(index)
+    values, errors = evidence(run.held)
     start = values
     if run.selection.kept_step:
         run.regression.use(run.start_weights)
-        start, _ = evidence(index)
+        start, _ = evidence(run.held)
         run.regression.use(run.kept_weights)
     return values, errors, float(unexplained_as_worst(start).mean())
 
@@ -447,8 +433,13 @@ def _warn(run: ExpectationMaximization, values: Tensor, errors: Tensor) -> None:
     """Warn of a run without a round, of rows held out that nothing explains, and of few draws."""
     if run.regression.descent.steps == 0:
         warn_user(
-            "no time was left for a round: what is returned is the start, from which no noise "
-            "was taken off. Raise max_seconds or steps"
+            "no steps were left for a round: what is returned is the start, from which no noise "
+            "was taken off. Raise steps"
+        )
+    elif run.done() < 1:
+        warn_user(
+            f"max_seconds, {run.clock.limit:g}, ended the rounds at {run.done():.0%} of their "
+            "steps: the best weights so far were kept. Give fewer steps, or more time"
         )
     none = int((~values.isfinite()).sum())
     if none:
@@ -470,8 +461,7 @@ def _finish(run: ExpectationMaximization, seconds: float, *, progress: bool) -> 
     few = Rows.joined(run.regression.pools).repeated(_CALIBRATION_ROWS)
     distribution = run.distribution
     with stage("calibrating the solver", progress=progress):
-        _, error = calibrate_until(
-            run.clock.deadline(),
+        _, error = calibrated(
             distribution.without_support(),
             few.w,
             context=few.context,

@@ -246,7 +246,6 @@ def importance_of(
     posterior: TorchDistributionMixin,
     density: Callable[[Tensor], Tensor],
     count: int,
-    deadline: float = math.inf,
 ) -> WeightedDraws:
     """Draw from a guide and return the draws with their importance weights.
 
@@ -254,8 +253,6 @@ def importance_of(
         posterior: The guide's distribution of the unconstrained vector, of event shape ``(D,)``.
         density: The log joint density of the model.
         count: The number of draws N.
-        deadline: When to be content with those that are there, 100 or more, by
-            :func:`time.monotonic`.
 
     Raises:
         ValueError: If the density of many of the draws is another than one at a time.
@@ -266,7 +263,7 @@ def importance_of(
             density.check(z)
         return density(z)
 
-    drawn = weighted_draws(posterior, checked, count, deadline=deadline)
+    drawn = weighted_draws(posterior, checked, count)
     if isinstance(posterior, InterpolantDistribution):
         rows = "guide.get_posterior(), guide.get_posterior().sample((256,))"
         if posterior.transform.raw_context is not None:
@@ -433,12 +430,12 @@ def importance_verdict(
     seed: int | None,
     training: FitResult | RoundsResult,
 ) -> GuideResult:
-    """Judge a trained guide by fresh draws, those of its training or as many as time allows.
+    """Judge a trained guide by fresh draws, those of its training where it has some.
 
     Args:
         posterior: The guide's distribution of the unconstrained vector, shape ``(D,)``.
         density: The log joint density, from ``(N, D)`` to ``(N,)``.
-        clock: What time is left.
+        clock: The time spent.
         seed: The seed of the training.
         training: What the training did.
     """
@@ -448,7 +445,7 @@ def importance_verdict(
             summary, count = ImportanceSummary(*training[:4]), training.draws
             z = posterior.sample((SPREAD_DRAWS,))
         else:
-            drawn = importance_of(posterior, density, _VERDICT_DRAWS, clock.deadline())
+            drawn = importance_of(posterior, density, _VERDICT_DRAWS)
             summary, count, z = drawn.summary(), len(drawn.x), drawn.x
     verdict = judged(posterior.log_prob, density, z, summary, count)
     return GuideResult(*summary, count, verdict, clock.spent(), training)

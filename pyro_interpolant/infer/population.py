@@ -51,7 +51,6 @@ from .noise import Measurements, Noise, measurements
 
 _STEPS = 6000  # by default, in all
 _START_SHARE = 0.15  # of the steps and the time, for the flow to start from
-_MIXTURE_SHARE = 0.1  # of the time, to fit the mixture of Gaussians
 _FEWEST_ROWS = 50  # to start from
 _TRIES = 4  # draws for each latent to start from, as some lie off the support
 _START_DRAWS = 20_000  # latents to start from; of posterior draws, where there are as many
@@ -105,12 +104,11 @@ def from_noisy_samples(
             needed beside a function.
         network: As in :func:`~pyro_interpolant.from_samples`.
         marginals: As in :func:`~pyro_interpolant.from_samples`, decided on the start.
-        steps: The number of optimiser steps in all; by default 6,000, or as many as
-            ``max_seconds`` allows.
-        max_seconds: Stop after this time, or after one round and the log-evidence of 500 rows held
-            out, where a function is so slow that these take longer.
+        steps: The number of optimiser steps in all; by default 6,000.
+        max_seconds: A limit of the time for steps, by default none; after one round at the
+            earliest. A warning says where it cut the run.
         validation: The share of rows held out, at most 2,000, with all copies of each.
-        seed: Makes the run reproducible, as far as the clock decides nothing.
+        seed: Makes the run reproducible.
         progress: Whether to show a bar, and the report.
 
     Returns:
@@ -144,8 +142,7 @@ def from_noisy_samples(
         rows.check_shape(event_shape)
     with seeded(seed):
         constraint = shaped(support, event_shape)
-        until = clock.moment(_MIXTURE_SHARE)
-        first, index = _start_rows(rows.take(kept), constraint, start, columns, until)
+        first, index = _start_rows(rows.take(kept), constraint, start, columns)
     rows.check(first)
     context, of_contexts, sizes = _checked_context(context, rows.y, network)
     names = Names(columns if first.shape[1:] == (len(columns),) else (), of_contexts)
@@ -383,7 +380,6 @@ def _start_rows(
     constraint: Constraint,
     start: ArrayLike | Distribution | None,
     names: Sequence[str] = (),
-    deadline: float = math.inf,
 ) -> tuple[Tensor, Tensor]:
     """Return what a population starts from, and the indices of rows whose contexts it has.
 
@@ -392,7 +388,6 @@ def _start_rows(
         constraint: The support, of events of their shape.
         start: What the user gave: rows, a distribution, or None.
         names: The names of the columns of latents in their order, or none.
-        deadline: The time, by :func:`time.monotonic`, for a mixture of Gaussians to be found.
 
     Raises:
         ValueError: If there is nothing to start from, or too little of it on the support; or if
@@ -412,18 +407,15 @@ def _start_rows(
             "expected start beside a function noise(x, row), got none: rows, shape "
             "(M, *event_shape), or a distribution of x that is wider than the population"
         )
-    return _latents_of_mixture(rows, constraint, deadline)
+    return _latents_of_mixture(rows, constraint)
 
 
-def _latents_of_mixture(
-    rows: Measurements, constraint: Constraint, deadline: float
-) -> tuple[Tensor, Tensor]:
+def _latents_of_mixture(rows: Measurements, constraint: Constraint) -> tuple[Tensor, Tensor]:
     """Return latents of rows on the support, under a mixture of Gaussians, and whose they are.
 
     Args:
         rows: The measurements, with Gaussian errors.
         constraint: The support.
-        deadline: The time, by :func:`time.monotonic`, for the mixture to be found.
 
     Raises:
         ValueError: If a column is measured nowhere, or too few rows have latents on the support.
@@ -441,7 +433,7 @@ def _latents_of_mixture(
         return BijectiveSupport(constraint).strictly_inside(events).reshape(*shape, -1).all(-1)
 
     part = None if support_of(constraint).is_real() else is_inside
-    drawn = gaussian_latents(y, precisions, _TRIES * each, deadline, part).to(rows.y)
+    drawn = gaussian_latents(y, precisions, _TRIES * each, part).to(rows.y)
     inside = is_inside(drawn)
     drawn = drawn.reshape(*drawn.shape[:2], *rows.y.shape[1:])
     # Of each row the first ones that are inside: without others, edges would be empty.
@@ -465,10 +457,8 @@ def _started(
     options: dict[str, Any],
     steps: int | None,
     clock: Clock,
-) -> tuple[AnyDistribution, float]:
+) -> tuple[AnyDistribution, int]:
     """Return a flow trained on what a population starts from, and how many steps are left.
-
-    As many as there is time for, infinity, where the clock alone decides.
 
     Args:
         first: The rows, shape ``(M, *event_shape)``.
@@ -477,17 +467,14 @@ def _started(
         names: Those of the columns of rows and contexts.
         options: For :func:`~pyro_interpolant.from_samples`.
         steps: The number of steps in all, or None.
-        clock: What tells how much time there is.
+        clock: The time.
     """
-    seconds = None if clock.limit == math.inf else _START_SHARE * clock.limit
-    start, rest = None, math.inf
-    if steps is not None or seconds is None:
-        total = int(steps or _STEPS)
-        start = max(1, int(_START_SHARE * total))
-        rest = total - start
+    total = int(steps or _STEPS)
+    start = max(1, int(_START_SHARE * total))
+    rest = total - start
     with warnings.catch_warnings():  # about rows that are not what is learned
         warnings.simplefilter("ignore")
-        options = {**options, "context": context, "steps": start, "max_seconds": seconds}
+        options = {**options, "context": context, "steps": start, "max_seconds": clock.left()}
         if options["network"] is None:
             space = support_of(shaped(options["support"], first.shape[1:]))
             with seeded(options["seed"]):

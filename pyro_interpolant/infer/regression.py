@@ -2,8 +2,7 @@ r"""The regression of a flow on rows that change from round to round, and how it
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,16 +13,14 @@ from ..interpolants.couplings import independent
 from ..training.objective import Objective
 from ..training.optimization import Descent, assign
 from ..training.rows import Rows
-from ..training.threads import Threads
 
 _BATCH_ROWS = 512  # in a regression step
 _WARMUP_STEPS = 100  # in which the rate rises
 _MAX_POOLS = 10
 _DECAY = 0.999
-_MIN_STEPS = 10  # in a round, whatever the clock says
 _RATE = 2e-3  # the learning rate, before it falls
 _CONSTANT_SHARE = 0.4  # of the training, before the rate falls
-_LANDING_SHARE = 0.5  # of the time trained so far, in which the rate of a flat run falls
+_LANDING_SHARE = 0.5  # of the training so far, in which the rate of a flat run falls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,49 +28,27 @@ class RateSchedule:
     """The learning rate: constant, then half a cosine to zero.
 
     Attributes:
-        first: The time at which training began, in seconds since the start of the run.
-        end: The time at which it ends.
+        end: Where training ends, a number of rounds or of steps.
         constant: The share of the training before the rate falls.
         landing: Whether the rate falls early, because nothing improved any more.
         peak: The rate before it falls.
     """
 
-    first: float
     end: float
     constant: float = _CONSTANT_SHARE
     landing: bool = False
     peak: float = _RATE
 
-    def done(self, spent: float, share: float) -> float:
-        """Return which share of the training is done at a time, or another one if that is later.
-
-        Args:
-            spent: The seconds since the start of the run.
-            share: Which share of the rounds, or of the steps, is done.
-        """
-        return max((spent - self.first) / max(self.end - self.first, 1e-9), share)
-
-    def rate(self, spent: float, share: float) -> float:
-        """Return the learning rate there, see :meth:`done`."""
-        late = (self.done(spent, share) - self.constant) / (1 - self.constant)
+    def rate(self, done: float) -> float:
+        """Return the learning rate after so many rounds or steps."""
+        late = (done / self.end - self.constant) / max(1 - self.constant, 1e-9)
         late = min(1.0, max(0.0, late))
         return self.peak * 0.5 * (1 + math.cos(math.pi * late))
 
-    def landed(self, spent: float) -> "RateSchedule":
+    def landed(self, done: float) -> "RateSchedule":
         """Return the schedule whose rate falls from now on."""
-        trained = spent - self.first
-        end = min(self.end, spent + _LANDING_SHARE * trained)
-        share = trained / (end - self.first)
-        return dataclasses.replace(self, end=end, constant=share, landing=True)
-
-
-def clocked(seconds: float, fewest: int, most: int) -> Iterator[int]:
-    """Count from 0: to ``fewest`` at the least, then while there is time, up to ``most``."""
-    until = time.monotonic() + seconds
-    for i in range(most):
-        if i >= fewest and time.monotonic() > until:
-            return
-        yield i
+        end = min(self.end, math.ceil((1 + _LANDING_SHARE) * done))
+        return dataclasses.replace(self, end=end, constant=done / end, landing=True)
 
 
 class FlowRegression:
@@ -98,7 +73,6 @@ class FlowRegression:
         self.objective = Objective(flow, WhitenedBase(None, flow.whitening), independent)
         self.descent = Descent(self.objective, ema=ema)
         flow.independent, flow.reached = True, None
-        self.threads = Threads(choose=flow.loc.is_cpu)
         self.pools, self.most = pools[-most:], most
         self.added = 0
 
@@ -112,13 +86,12 @@ class FlowRegression:
         """Return in how many steps the rows are gone through so many times."""
         return passes * sum(len(pool.w) for pool in self.pools) // _BATCH_ROWS
 
-    def __call__(self, steps: int, rate: Callable[[], float], *, seconds: float) -> None:
-        """Take steps, at most as many as the time allows.
+    def __call__(self, steps: int, rate: Callable[[int], float]) -> None:
+        """Take steps.
 
         Args:
             steps: The number of steps.
-            rate: The present learning rate.
-            seconds: The time to spend.
+            rate: The learning rate of each of them, from 0.
 
         Raises:
             RuntimeError: If gradients stay non-finite.
@@ -129,16 +102,13 @@ class FlowRegression:
         def batch() -> Rows:
             return rows.take(torch.randint(count, (min(_BATCH_ROWS, count),)).to(rows.w.device))
 
-        with self.threads.in_use():
-            for _ in clocked(seconds, _MIN_STEPS, steps):
-                warm = min(1.0, (self.descent.steps + 1) / _WARMUP_STEPS)
-                (points,) = self.objective.points([batch])
-                began = time.monotonic()
-                with torch.enable_grad():
-                    self.descent(points, rate() * warm)
-                self.threads.took(time.monotonic() - began)
-                if self.descent.is_stuck():
-                    self.descent.check()
+        for i in range(steps):
+            warm = min(1.0, (self.descent.steps + 1) / _WARMUP_STEPS)
+            (points,) = self.objective.points([batch])
+            with torch.enable_grad():
+                self.descent(points, rate(i) * warm)
+            if self.descent.is_stuck():
+                self.descent.check()
 
     def values(self) -> list[Tensor]:
         """Return copies of the averaged weights."""

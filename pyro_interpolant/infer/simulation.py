@@ -8,7 +8,6 @@ processes if asked.
 import contextlib
 import functools
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -51,8 +50,6 @@ _PROBES = 3  # simulations on which a plate is compared with single runs
 _FIRST, _TRIED = 16, 256
 _VALUES_AT_ONCE = 2**22  # of all sites together
 _CALL = 16  # simulations, one by one, in one call, whatever the number of processes
-# Of the time left, for each call of many that take longer; and seconds, left however late it is.
-_CALL_SHARE, _LEAST_LEFT = 0.1, 1.0
 
 Batching = Literal["plate", "vmap", "loop"]
 
@@ -85,8 +82,7 @@ class Simulator:
         self.model = sites.model
         self.drawn: Sequence[str] | None = None
         self.kept: dict[str, Tensor] = {}  # log densities of observed sites that keep their values
-        # Until they are known, by runs that are checked by them; seconds: of one run among many.
-        self.shapes, self.early, self.nesting, self.seconds = {}, {}, 0, 0.0
+        self.shapes, self.early, self.nesting = {}, {}, 0  # until they are known, by runs
         try:
             nodes = self._run()
         except NotImplementedError as error:
@@ -124,28 +120,21 @@ class Simulator:
         self,
         count: int,
         given: Mapping[str, Tensor] | None = None,
-        deadline: float = math.inf,
     ) -> Simulations:
         """Simulate; those with numbers that are not finite are left out, and counted.
 
         Args:
             count: How many, N, of which those that are finite are returned.
             given: Values of sites to simulate from, each ``(N, *site_shape)``; by default none.
-            deadline: When to be content with those that are there, by :func:`time.monotonic`.
 
         Raises:
             ValueError: If none is finite.
         """
-        calls = self._calls(count, given, deadline)
+        calls = self._calls(count, given)
         drawn: Iterable[Simulations] = (self._drawn(*call) for call in calls)
         if self.num_workers > 0 and self.batching == "loop":
             drawn = called_in_workers(self._drawn, calls, self.num_workers)
-        parts: list[Simulations] = []
-        for part in drawn:
-            parts.append(part)
-            if time.monotonic() > deadline:
-                break
-        found = Simulations.joined(parts)
+        found = Simulations.joined(list(drawn))
         count, proper = len(found.log_prior), self.proper(found)
         good = all_of(proper)
         improper = count - int(good.sum())
@@ -158,7 +147,7 @@ class Simulator:
             )
         if self.batching == "plate" and not self._agrees(found.take(good)):
             self.batching = self._without_plate()
-            return self(count, given, deadline)
+            return self(count, given)
         if improper:
             warn_user(
                 f"{improper:,} of {count:,} simulations ({improper / count:.2%}) have numbers "
@@ -248,9 +237,7 @@ class Simulator:
             if self._repeats() is not True or state_of_others() != before:
                 return "loop"  # numbers that torch does not draw would be drawn once for all
             with contextlib.suppress(Exception):  # whatever a model does with shapes
-                count, began = max(_PROBES, min(_TRIED, self.rows)), time.monotonic()
-                found = self._drawn(count, "plate")
-                self.seconds = (time.monotonic() - began) / count
+                found = self._drawn(max(_PROBES, min(_TRIED, self.rows)), "plate")
                 if self._agrees(found.take(all_of(self.proper(found)))):
                     return "plate"
         return self._without_plate()
@@ -258,8 +245,7 @@ class Simulator:
     def _without_plate(self) -> Batching:
         """Return the first way but a plate that works."""
         with attempts(), contextlib.suppress(Exception):
-            began, found = time.monotonic(), self._drawn(_PROBES, "vmap")
-            self.seconds = (time.monotonic() - began) / _PROBES
+            found = self._drawn(_PROBES, "vmap")
             if bool(all_of(self.proper(found)).any()):
                 return "vmap"
         return "loop"
@@ -341,21 +327,15 @@ class Simulator:
         return Simulations.joined([self._drawn(*call) for call in self._calls(count, values)])
 
     def _calls(
-        self, count: int, given: Mapping[str, Tensor] | None, deadline: float = math.inf
+        self, count: int, given: Mapping[str, Tensor] | None
     ) -> list[tuple[int, Batching, dict[str, Tensor]]]:
         """Return the arguments of calls that make so many simulations, as many as go at once each.
-
-        Fewer where these would take longer than until the deadline.
 
         Args:
             count: How many, N.
             given: Values of sites, each ``(N, *site_shape)``, that are not drawn then, or None.
-            deadline: When to be content with those that are there, by :func:`time.monotonic`.
         """
         size, known = _CALL if self.batching == "loop" else self.rows, given or {}
-        left = max(_LEAST_LEFT, deadline - time.monotonic())
-        if self.seconds * min(size, count) > left:
-            size = max(_CALL, int(_CALL_SHARE * left / self.seconds))
         return [
             (min(size, count - i), self.batching, {k: v[i : i + size] for k, v in known.items()})
             for i in range(0, count, size)

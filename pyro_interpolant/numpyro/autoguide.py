@@ -161,7 +161,7 @@ def fit_guide(
     key: Array,
     *args: object,
     samples: Mapping[str, ArrayLike] | None = None,
-    max_seconds: float = 120.0,
+    max_seconds: float | None = None,
     seed: int | None = None,
     progress: bool = True,
     options: Mapping[str, Any] | None = None,
@@ -180,8 +180,8 @@ def fit_guide(
         samples: Posterior draws of every latent site on its own support, each
             ``(N, *site_shape)`` or by chain ``(C, N, *site_shape)``, such as
             ``mcmc.get_samples()``, or None.
-        max_seconds: The time to spend in all, from the call to the verdict.
-        seed: Makes the run reproducible as far as the clock allows.
+        max_seconds: A limit of the time until the training ends, by default none.
+        seed: Makes the run reproducible.
         progress: Whether to show a bar.
         options: Further options of :func:`~pyro_interpolant.fit`, or, without samples, of
             :func:`~pyro_interpolant.train_from_density`.
@@ -211,7 +211,7 @@ def fit_guide(
 
     check_guide(guide)
     check_key(key)
-    clock = Clock(max_seconds, or_none=False)
+    clock = Clock(max_seconds)
     if samples is not None:
         check_settings(options or {})
     setup, draw = jax.random.split(key)
@@ -221,7 +221,7 @@ def fit_guide(
         check_plates(guide.prototype_trace)
         check_random_numbers(guide, args, kwargs)
         dtype = torch.float64 if jnp.result_type(float) == np.float64 else torch.float32
-        limit = clock.part(autoguide.MODEL_SHARE)
+        limit = clock.left()
         settings: dict[str, Any] = {"max_seconds": limit, "seed": seed, "progress": progress}
         settings |= options or {}
         with seeded(settings["seed"]):

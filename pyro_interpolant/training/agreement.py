@@ -11,7 +11,6 @@ References:
 """
 
 import math
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,7 +26,6 @@ from .rows import Rows
 
 _MOST_ROWS = 1000  # that are compared
 _DRAWS = (200, 1000)  # the fewest and the most that they are compared with; else two for each row
-_FIRST_ROWS = 250  # that are drawn for, however short the time
 # Of 62 fits of 11 kinds of data, in 20 to 300 steps: where the draws' interquartile range was
 # within 1.7 times the rows', differences were up to 0.10 beyond chance, tails up to 2.5 times as
 # frequent as the rows', and energies up to 0.02 beyond chance. Where far values had flattened the
@@ -153,9 +151,7 @@ def _energy(z: Tensor, y: Tensor) -> float:
 
 
 @torch.no_grad()
-def warn_if_draws_differ(
-    distribution: AnyDistribution, held: Rows, kept: Rows, deadline: float
-) -> None:
+def warn_if_draws_differ(distribution: AnyDistribution, held: Rows, kept: Rows) -> None:
     """Warn where draws of a trained flow are not like the rows held out.
 
     These may be unlike all others, as a group is that a user holds out: it is said where draws are
@@ -165,19 +161,17 @@ def warn_if_draws_differ(
         distribution: The distribution of the flow.
         held: The rows held out, in the flow's coordinates, with contexts and weights.
         kept: Those trained on.
-        deadline: The time, by :func:`time.monotonic`, after which hardly any are drawn.
     """
     where = ""
     with seeded(0):  # the global generator is the user's
-        rows, draws = _compared(distribution, held, deadline)
+        rows, draws = _compared(distribution, held)
         wild = int((~torch.isfinite(draws).all(1)).sum())
         found = f"{wild} of {len(draws)} draws are not finite"
         if not wild:
             found = _difference(distribution, rows, draws)
         if found and not wild:
-            rows, again = _compared(distribution, kept, deadline)
-            # Where time is short, fewer are drawn, whose differences may be chance.
-            if len(again) >= len(draws) and not _difference(distribution, rows, again):
+            rows, again = _compared(distribution, kept)
+            if not _difference(distribution, rows, again):
                 where = ", or the rows held out are unlike those trained on, which draws are like"
     if found:
         warn_user(
@@ -195,8 +189,8 @@ def _difference(distribution: AnyDistribution, rows: Rows, draws: Tensor) -> str
     return disagreement(draws, there, context, column_names(distribution))
 
 
-def _compared(distribution: AnyDistribution, rows: Rows, deadline: float) -> tuple[Rows, Tensor]:
-    """Return rows, fewer if time is short, and draws for them, ``(M, D)``, in turns."""
+def _compared(distribution: AnyDistribution, rows: Rows) -> tuple[Rows, Tensor]:
+    """Return rows, and draws for them, ``(M, D)``, in turns."""
     bare = distribution.without_support()
 
     def drawn(rows: Rows, times: int) -> Tensor:
@@ -205,15 +199,9 @@ def _compared(distribution: AnyDistribution, rows: Rows, deadline: float) -> tup
         return bare.given(rows.context.repeat(times, 1)).sample()
 
     rows = rows.repeated(min(_MOST_ROWS, len(rows.w), math.ceil(rows.effective())))
-    began, count = time.monotonic(), len(rows.w)
-    few = rows.evenly(_FIRST_ROWS)  # rows may come in an order
-    draws = drawn(few, 1)
-    seconds = (time.monotonic() - began) / len(few.w)
     least, most = _DRAWS
-    times = math.ceil(max(least, min(most, 2 * count)) / count)
-    if time.monotonic() + seconds * times * count > deadline:
-        return few, draws
-    return rows, drawn(rows, times)
+    count = len(rows.w)
+    return rows, drawn(rows, math.ceil(max(least, min(most, 2 * count)) / count))
 
 
 def _unconstrained(distribution: AnyDistribution, u: Tensor) -> Tensor:

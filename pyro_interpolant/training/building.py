@@ -48,7 +48,6 @@ from ..solvers.parallel import one_thread_each
 from ..transforms.gaussianize import Gaussianized, RadialTransform
 from ..transforms.interpolant import ConditionalInterpolantTransform, InterpolantTransform
 from ..transforms.whitening import ScalarWhitening
-from .clock import Clock
 from .data import (
     DEFAULT_SHARE,
     DataLike,
@@ -140,10 +139,8 @@ def from_samples(
         True
     """
     check_options(fit_options)
-    limit = fit_options.get("max_seconds")
-    limit = None if limit is None else Clock(limit)  # which counts from here
     validation = as_held_out(fit_options.get("validation", DEFAULT_SHARE))
-    fit_options |= {"max_seconds": limit, "seed": seed, "validation": validation}
+    fit_options |= {"seed": seed, "validation": validation}
     conditional, contexts = context is not None, context
     streamed = is_stream(x)
     if streamed:
@@ -459,10 +456,7 @@ def _with_map(
     held = _held_out(real, context, fit_options)
     kept = torch.arange(len(real)) if held is None else (~held).nonzero().flatten()
     few = None if weights is None else weights[kept]
-    # Where others must come to the same choice, processes or a run that resumes, time has no say.
-    alone = all(fit_options.get(name) is None for name in ("fabric", "checkpoint"))
-    clock = Clock(fit_options["max_seconds"]) if alone else None
-    found = preferred_support(real[kept], space.constraint, few, clock, always=bool(marginals))
+    found = preferred_support(real[kept], space.constraint, few, always=bool(marginals))
     if not isinstance(found, Gaussianized):
         return found, fit_options
     if isinstance(found.gaussianizer, RadialTransform):

@@ -1,76 +1,44 @@
-r"""The clock of a run: what share of its time is spent, and when the rest must be done.
+"""The limit of a run in seconds.
 
-Time counts from the call that the user made, with whatever is done before the first step and
-after the last.
+Work is counted in steps, rounds and draws, so that a seed gives the same run on a busy machine as
+on an idle one. A limit only ends a run early, and its result says so.
 """
 
 import math
-import time
 
+from .. import _package
 from .._package import check_ranges, number
 
-_TRAINING_SHARE = 0.95  # of the time, to the last step; the rest: calibration and comparison
-_OVERTIME_SHARE, _OVERTIME = 0.05, 5.0  # of the time, and seconds: what these may take beyond it
 
-
-class Clock(float):
-    """The time of a run: its limit, a number of seconds, with a clock that counts them.
-
-    As a limit of another run it keeps its beginning: that run's time counts from there.
+class Clock:
+    """The seconds since it was made, and whether a limit is over.
 
     Args:
-        limit: The time that a user gave, or None, which is infinite.
-        or_none: Whether it may be None.
-
-    Attributes:
-        began: When the run began, by :func:`time.monotonic`.
-        before: The time spent by a run that is resumed.
+        max_seconds: The limit, or None for none.
 
     Raises:
-        ValueError: If the limit is not positive, or is None where it may not be.
+        ValueError: If the limit is not positive.
     """
 
-    began: float
-    before: float
-
-    def __new__(cls, limit: float | None, *, or_none: bool = True) -> "Clock":
-        """Start it now, or where that of the limit started."""
-        check_ranges(number("max_seconds > 0", limit, lambda n: n > 0, or_none=or_none))
-        new = super().__new__(cls, math.inf if limit is None else limit)
-        new.began, new.before = getattr(limit, "began", time.monotonic()), 0.0
-        return new
+    def __init__(self, max_seconds: float | None) -> None:
+        positive = number("max_seconds > 0", max_seconds, lambda n: n > 0, or_none=True)
+        check_ranges(positive)
+        self.limit = math.inf if max_seconds is None else float(max_seconds)
+        self.began = _package.now()
 
     @property
-    def limit(self) -> float:
-        """The time in all, seconds."""
-        return float(self)
-
-    def part(self, share: float) -> "Clock":
-        """Return the clock of a share of the time, from the same beginning."""
-        new = Clock(share * self.limit)
-        new.began = self.began
-        return new
+    def is_limited(self) -> bool:
+        """Whether there is a limit."""
+        return self.limit < math.inf
 
     def spent(self) -> float:
-        """Return the time spent so far."""
-        return time.monotonic() - self.began + self.before
+        """Return the seconds since it was made."""
+        return _package.now() - self.began
 
-    def share(self, seconds: float) -> float:
-        """Return which share of the time for training so many seconds are."""
-        return seconds / (_TRAINING_SHARE * self.limit)
+    def is_over(self) -> bool:
+        """Return whether the limit is over."""
+        return self.is_limited and self.spent() >= self.limit
 
-    def is_beyond(self, share: float) -> bool:
-        """Return whether more than a share of all the time is spent."""
-        return self.spent() > share * self.limit
-
-    def moment(self, share: float) -> float:
-        """Return when a share of all the time is spent, by :func:`time.monotonic`."""
-        return self.began - self.before + share * self.limit
-
-    def deadline(self) -> float:
-        """Return when all must be done, by :func:`time.monotonic`."""
-        return self.moment(1 + _OVERTIME_SHARE) + _OVERTIME
-
-    def deadline_from_now(self) -> float:
-        """Return when all must be done of a run that ends now, as after an interrupt."""
-        return time.monotonic() + _OVERTIME_SHARE * self.spent() + _OVERTIME
+    def left(self) -> float | None:
+        """Return what is left of the limit, for a run inside this one, or None for no limit."""
+        return max(1e-9, self.limit - self.spent()) if self.is_limited else None

@@ -25,7 +25,6 @@ from ..distributions.rows import (
     search_weights,
 )
 from .checkpoint import Checkpoint
-from .clock import Clock
 from .distributed import Process
 from .image_rows import (
     BATCH_IMAGES,
@@ -167,7 +166,6 @@ class Table:
         process: Process,
         batch_size: int | None,
         *,
-        clock: Clock | None = None,
         state: Checkpoint | None = None,
         progress: bool = False,
     ) -> Split:
@@ -176,8 +174,7 @@ class Table:
         Args:
             process: This process, or one of several that share each batch.
             batch_size: Rows per step and process, or None for the default.
-            clock: For streams alone, as what follows: what tells how much time there is.
-            state: What the run goes on from.
+            state: For streams alone, as what follows: what the run goes on from.
             progress: Whether to show a bar.
 
         Raises:

@@ -3,7 +3,6 @@ r"""``fit``: training by a quadratic regression. No step of it solves an ODE."""
 import contextlib
 import dataclasses
 import os
-import time
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from inspect import signature
@@ -14,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from .._package import check_ranges, flag, whole
 from .._torch import seeded, warn_user, with_gradients
-from ..diagnostics.calibration import calibrate_sampler_until, calibrate_until
+from ..diagnostics.calibration import calibrated, sampler_calibrated
 from ..diffusion.guidance import Guided
 from ..distributions.fingerprint import identity_of
 from ..distributions.interpolant import AnyDistribution, ConditionalInterpolantDistribution
@@ -49,7 +48,7 @@ _SHARED_TABLE = (
 )
 _SHARED_FILE = "pass all the same checkpoint, on a disk that all see"
 _CALIBRATION_ROWS = 256
-_CALIBRATION_IMAGES, _CALIBRATION_SHARE = 8, 0.1  # and the most of the time of a run
+_CALIBRATION_IMAGES = 8
 
 
 class FitResult(NamedTuple):
@@ -64,7 +63,7 @@ class FitResult(NamedTuple):
         validation_losses: The held-out loss of the averaged weights at each look.
         best_step: The step whose weights were kept.
         stopped_early: Whether anything ended the run before its schedule did.
-        stopped_by: What ended it: ``"schedule"``, ``"patience"``, ``"callback"`` or
+        stopped_by: What ended it: ``"schedule"``, ``"patience"``, ``"callback"``, ``"time"`` or
             ``"interrupt"``.
         skipped: The number of steps skipped because their loss or gradient was not finite.
         seconds: The duration, without calibration.
@@ -167,8 +166,10 @@ def fit(
             anew each time: for images whose mirror images are as likely. Images held out are left
             as they are.
         steps: The number of optimiser steps; by default N D / 6 for N training rows of D columns,
-            2,000 at least and 6,000 at most, or as many as ``max_seconds`` allows.
-        max_seconds: Stop after this time; the schedule adapts to whichever ends first.
+            2,000 at least and 6,000 at most.
+        max_seconds: A limit of the time for steps, by default none. The schedule is one of steps,
+            so a run that the limit cuts, ``stopped_by="time"``, has not come to its low rates:
+            give fewer ``steps`` for a shorter run.
         batch_size: Rows per step and process; by default 1,024, or 64 images, or all training rows
             if fewer; of an iterable as many as its first batch has, but 64 at least. Above 64,
             rows come in whole multiples of it.
@@ -201,9 +202,8 @@ def fit(
             other names are for a new map alone, which forgets names where the data have none.
         tolerance: For :func:`~pyro_interpolant.calibrate`, nats; of images for
             :func:`~pyro_interpolant.diagnostics.calibrate_sampler`, standard deviations.
-        seed: Makes the run reproducible: same seed, same weights, to the bit where torch's numbers
-            do not depend on how many threads it has, or has one. The global generator is left as
-            it was.
+        seed: Makes the run reproducible: same seed, same weights, to the bit on one machine. The
+            global generator is left as it was.
         progress: Whether to show a bar.
         callback: Called with a :class:`TrainingState` at each look, while the flow has the
             averaged weights that it is of; to stop the run it returns True.
@@ -230,7 +230,7 @@ def fit(
         variance score estimation in diffusion models*, ICLR 2023 (means over rows).
     """
     clock, process = Clock(max_seconds), Process(fabric, own_rows=is_stream(data))
-    schedule = Schedule(steps, clock, learning_rate, weight_decay, patience, ema, accumulate)
+    schedule = Schedule(steps, learning_rate, weight_decay, patience, ema, accumulate)
     check_choices(learn, coupling, callback, tolerance, whiten, pairs)
     validation = as_held_out(validation)
     check_place(None if process.rank else checkpoint, checkpoint_every)
@@ -241,7 +241,7 @@ def fit(
     source = kind(distribution, data, validation, **given, flip=flip, anew=anew)
     process.check_same("table, by its checksum,", source.checksum, _SHARED_TABLE)
     with seeded(process.seed(seed)):
-        asked = [steps, max_seconds, learning_rate, weight_decay, batch_size, patience, ema, learn]
+        asked = [steps, learning_rate, weight_decay, batch_size, patience, ema, learn]
         identity = [source.checksum, [*asked, seed, source.share, whiten, *["flip"] * flip]]
         if checkpoint is not None:  # it goes through all weights and samples
             identity += identity_of(flow, distribution.base, coupling, base_samples, validation)
@@ -249,7 +249,7 @@ def fit(
         state = open_checkpoint(checkpoint, checkpoint_every, identity, source.like, exact=exact)
         process.check_same("step to go on from", state and state.step, _SHARED_FILE)
         before = state if state is not None and state.tensors else None
-        split = source.split(process, batch_size, clock=clock, state=before, progress=progress)
+        split = source.split(process, batch_size, state=before, progress=progress)
         with _restored_on_error(distribution):
             start_from(distribution, base_samples, split, source, process, anew=anew)
             seen, unseen = distribution.white_base().split(source.share or DEFAULT_SHARE)
@@ -267,7 +267,7 @@ def fit(
         source.names.give_to(distribution)
         with trainable(objective.network), _explained(source, objective):
             batches = source.batches(split, objective)
-            run = Run(objective, batches, fixed, density, schedule, callback, state)
+            run = Run(objective, batches, fixed, density, schedule, clock, callback, state)
             run.to_the_end(progress=progress)
     outcome = run.outcome()
     distribution.freeze()
@@ -298,7 +298,7 @@ def check_options(options: Mapping[str, Any], own: Collection[str] = (), why: st
     if unknown:
         raise TypeError(f"expected options of fit, got {', '.join(unknown)}: see its arguments")
     given = {name: options.get(name, part.default) for name, part in known.items()}
-    given["clock"] = Clock(given["max_seconds"])
+    Clock(given["max_seconds"])
     Schedule(**{field.name: given[field.name] for field in dataclasses.fields(Schedule)})
     check_choices(*(given[name] for name in signature(check_choices).parameters))
     size = whole("batch_size", given["batch_size"], 1, or_none=True)
@@ -433,7 +433,7 @@ def _finish(run: Run, density: HeldOutDensity, tolerance: float, *, progress: bo
         tolerance: Of the calibration, nats.
         progress: Whether to show what is being done, and the report.
     """
-    process, deadline = run.process, run.schedule.clock.deadline()
+    process = run.process
     distribution, progress = density.distribution, progress and process.rank == 0
     taken = run.seconds(), run.monitor.selection.kept_step, run.descent.steps
     report = Report(distribution.transform.flow.event_dim, density.split.rows, *taken)
@@ -445,23 +445,20 @@ def _finish(run: Run, density: HeldOutDensity, tolerance: float, *, progress: bo
     found: tuple[Solver, float | None] = transform.solver, None
     try:
         if images:
-            until = min(deadline, time.monotonic() + _CALIBRATION_SHARE * report.seconds)
             context = None if given is None else given[:_CALIBRATION_IMAGES]
             with attempted("calibrating the sampler", progress=progress):
                 run.monitor.objective.check_rows_apart(few)
-                found = calibrate_sampler_until(
-                    until, distribution, context=context, tolerance=tolerance
-                )
+                found = sampler_calibrated(distribution, context=context, tolerance=tolerance)
             transform.solver, error = process.agreed(found)
             report = dataclasses.replace(report, sample_error=error)
         elif distribution.has_density():
             with attempted("calibrating the solver", progress=progress):
                 run.monitor.objective.check_rows_apart(few)  # that started at zero
-                found = calibrate_until(deadline, bare, rows, context=given, tolerance=tolerance)
+                found = calibrated(bare, rows, context=given, tolerance=tolerance)
             transform.solver, error = process.agreed(found)
             report = dataclasses.replace(report, log_prob_error=error)
             with attempted("evaluating held-out rows", progress=progress):
-                report = density.measured(report, deadline)
+                report = density.measured(report)
             report = process.agreed(report)
         distribution.report = report
         if progress:
@@ -469,7 +466,7 @@ def _finish(run: Run, density: HeldOutDensity, tolerance: float, *, progress: bo
         if process.rank == 0 and not images:
             with attempted("comparing draws", progress=False):
                 held, kept = density.split[:2]
-                warn_if_draws_differ(distribution, held, kept, deadline)
+                warn_if_draws_differ(distribution, held, kept)
     except KeyboardInterrupt:
         if process.world > 1:  # no other process may be where this one is
             raise

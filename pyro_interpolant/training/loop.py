@@ -2,7 +2,6 @@ r"""The training run: steps on a schedule, looks at rows held out, a state to re
 
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from .._package import check_ranges, number, whole
 from .._torch import rng_state, set_rng_state, warn_user
 from ..nn.modes import evaluated
 from ..nn.velocity import image_shape
+from ..solvers.parallel import threads_for
 from .checkpoint import Checkpoint, buffers_of
 from .clock import Clock
 from .data import TableBatches
@@ -29,29 +29,23 @@ from .paths import Points
 from .reporting import HeldOutDensity, Show, percent_bar, tell
 from .selection import Scores, Selection, rises
 from .streaming import StreamBatches
-from .threads import Threads
 
 Callback = Callable[["TrainingState"], bool | None]
 
 _log = logging.getLogger("pyro_interpolant")
-_FEWEST_STEPS, _MOST_STEPS = 2000, 6000  # of a run without a limit
+_FEWEST_STEPS, _MOST_STEPS = 2000, 6000  # of a run by default
 _NUMBERS_PER_STEP = 6.0  # in all rows, N D: fewer steps lost nothing for 3,000 rows in 5-d
 _DECAY_FACTOR, _MOST_DECAY = 70.0, 0.5  # of the default weight decay
 _LOOK_SHARE = 0.02  # of the schedule, between two looks at rows held out
 _LOOK_GROWTH = 0.1  # of the way so far, where that is less: few rows are learned early
-_LEAST_LOOK_STEPS = 10  # at least, where time is no limit: a look takes as long as some steps
-# So many times the duration of a look pass until the next, where time is the limit. Without this
-# a run of 643 steps on images looked 109 times (benchmarks/RESULTS.md).
-_LOOK_TIMES = 20.0
-_MOST_LOOK_SHARE = 0.05  # of the schedule, even so: the first look of a process may take long
-_WARMUP_SHARE = 0.02  # of the schedule
-_WARMUP_STEPS = 40  # at least, where time is the limit: as many as the shortest schedule has
-# Where time is the limit it goes on to 200 steps, or to a tenth of the schedule if that is sooner.
-# On bernoulli_glm all units of a layer of a network given data fell silent in 4 of 5 runs with a
-# warm-up of 40 steps, and in none with 200.
-_LONG_WARMUP_STEPS, _LONG_WARMUP_SHARE = 200, 0.1
+_LEAST_LOOK_STEPS = 10  # at least: a look takes as long as some steps
+_WARMUP_SHARE = 0.02  # of the schedule, until the second look
+# The rate rises over 200 steps, or a tenth of the schedule if that is less. On bernoulli_glm all
+# units of a layer of a network given data fell silent in 4 of 5 runs with a warm-up of 40 steps,
+# and in none with 200.
+_RISE_STEPS, _RISE_SHARE = 200, 0.1
 _RISE, _RISE_PER_COLUMN = 0.02, 0.005  # of the lowest loss, and a column: wandering on plateaus
-_PLACE = ("next_look", "done", "ended", "begun")
+_PLACE = ("next_look", "done", "ended")
 
 
 class TrainingState(NamedTuple):
@@ -78,7 +72,6 @@ class Schedule:
 
     Args:
         steps: The number of steps, or None.
-        clock: The time, with its limit; whichever ends first.
         learning_rate: The peak.
         weight_decay: AdamW's, or None until the number of rows decides it.
         patience: The percentage of the steps up to the best scores of rows held out, after which a
@@ -91,7 +84,6 @@ class Schedule:
     """
 
     steps: int | None
-    clock: Clock
     learning_rate: float
     weight_decay: float | None
     patience: int
@@ -114,42 +106,31 @@ class Schedule:
             ),
         )
 
-    @property
-    def is_timed(self) -> bool:
-        """Whether time is a limit: an infinite one is none."""
-        return self.clock.limit < math.inf
-
     def decay(self, columns_per_row: float) -> float:
         """Return the weight decay, by default :math:`(70 D / N)^2`, at most 0.5, given D / N."""
         if self.weight_decay is not None:
             return self.weight_decay
         return min(_MOST_DECAY, (_DECAY_FACTOR * columns_per_row) ** 2)
 
-    def length(self, numbers: float) -> float:
-        """Return the number of steps, infinite where time alone limits it.
+    def length(self, numbers: float) -> int:
+        """Return the number of steps.
 
         Args:
             numbers: How many there are in all rows, N D, which decides where nothing else does.
         """
         if self.steps is not None:
             return self.steps
-        if self.is_timed:
-            return math.inf
         return int(max(_FEWEST_STEPS, min(_MOST_STEPS, numbers / _NUMBERS_PER_STEP)))
 
-    def rate(self, progress: float, taken: int, begun: float = 0.0) -> float:
-        """Return the learning rate at a share of the run: half a cosine, behind the warm-up.
+    def rate(self, taken: int, length: float) -> float:
+        """Return the learning rate after some steps: half a cosine, behind the warm-up.
 
         Args:
-            progress: The share.
-            taken: The number of steps taken: time that something else took warms nothing up.
-            begun: The share that was done after the first of them.
+            taken: The number of steps taken.
+            length: The number of steps of the run.
         """
-        warm = min(1.0, (progress + 1e-3) / _WARMUP_SHARE)
-        if self.is_timed:
-            steps = _WARMUP_STEPS if self.steps is None else _WARMUP_SHARE * self.steps
-            long = max((taken + 1) / _LONG_WARMUP_STEPS, (progress - begun) / _LONG_WARMUP_SHARE)
-            warm = min(warm, (taken + 1) / steps, long)
+        progress = taken / length
+        warm = min(1.0, (taken + 1) / min(_RISE_STEPS, max(1.0, _RISE_SHARE * length)))
         return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
@@ -163,7 +144,6 @@ class HeldOutMonitor:
         callback: Called each time; it stops the run by returning True.
 
     Attributes:
-        seconds: How long the last evaluation took.
         selection: Which weights are kept.
     """
 
@@ -176,7 +156,7 @@ class HeldOutMonitor:
     ) -> None:
         self.descent, self.objective, self.points = descent, descent.objective, points
         self.density, self.callback = density, callback
-        self.stopped, self.seconds = False, 0.0
+        self.stopped = False
         self.nats = ""  # to show
         self.total: list[Tensor] = []  # training losses since the last time
         self.steps: list[int] = []
@@ -187,13 +167,12 @@ class HeldOutMonitor:
 
     def look(self, step: int, rate: float, seconds: float) -> None:
         """Evaluate the averaged weights on rows held out, and keep them if they are to be."""
-        process, began = self.objective.process, time.monotonic()
+        process = self.objective.process
         with torch.no_grad(), self.descent.averaged():
             losses = self.objective.held_losses(self.points)
             found = None if self.density is None else self.density.scores()
             scores = process.agreed(Scores.equal(losses) if found is None else found)
             held = process.agreed(float(losses.mean()))
-        self.seconds = process.agreed(time.monotonic() - began)
         recent = torch.stack(self.total).mean() if self.total else torch.tensor(math.nan)
         loss = float(process.mean(recent))
         if self.density is not None and found is not None and process.rank == 0:
@@ -290,15 +269,16 @@ class Run:
         batches: What gives the points of the steps, and tells its state.
         held: The points at which the held-out loss is evaluated.
         density: What gives the density of rows held out, or None.
-        schedule: When to stop, with the clock, and the learning rate on the way.
+        schedule: When to stop, and the learning rate on the way.
+        clock: The time, which may have a limit.
         callback: Called at each look at rows held out; it stops the run by returning True.
         checkpoint: Where to keep the state, and what to resume from.
 
     Attributes:
         monitor: The losses.
-        ended: What ended it: ``"schedule"``, ``"patience"``, ``"callback"`` or ``"interrupt"``.
+        ended: What ended it: ``"schedule"``, ``"patience"``, ``"callback"``, ``"time"`` or
+            ``"interrupt"``.
         done: The share of the schedule that is done.
-        begun: The share that was done after the first step.
     """
 
     def __init__(
@@ -308,12 +288,13 @@ class Run:
         held: tuple[Points, ...],
         density: HeldOutDensity | None,
         schedule: Schedule,
+        clock: Clock,
         callback: Callback | None,
         checkpoint: Checkpoint | None,
     ) -> None:
         self.batches, self.checkpoint, self.schedule = batches, checkpoint, schedule
+        self.clock, self.seconds_before = clock, 0.0
         self.process, self.device = objective.process, objective.flow.loc.device
-        self.threads = Threads(choose=objective.flow.loc.is_cpu and self.process.world == 1)
         columns, total = objective.flow.event_dim, self.process.agreed(batches.total)
         self.length = schedule.length(columns * total)
         # Networks of images share weights between pixels: rows per column say nothing of them.
@@ -326,7 +307,7 @@ class Run:
             pieces=schedule.accumulate,
         )
         self.monitor = HeldOutMonitor(self.descent, held, density, callback)
-        self.done, self.next_look, self.begun = 0.0, 0.0, 0.0  # shares of the schedule
+        self.done, self.next_look = 0.0, 0.0  # shares of the schedule
         self.ended = "schedule"
         if checkpoint is not None and checkpoint.tensors:
             self.restore(checkpoint.tensors, checkpoint.numbers)
@@ -344,8 +325,8 @@ class Run:
         progress = progress and self.process.rank == 0
         with percent_bar("fit", self.done, progress=progress) as show:
             try:
-                self.threads.settle()
-                self._go(show)
+                with threads_for(self.descent.objective.network):
+                    self._go(show)
                 if self.descent.is_stuck():
                     self._look_back()
             except KeyboardInterrupt:
@@ -355,7 +336,6 @@ class Run:
                 self._look_back()
                 warn_user("the run was interrupted: the best weights so far are kept")
             finally:
-                self.threads.settle()
                 self.monitor.use_kept()
             self.descent.check()
             self.monitor.check()
@@ -370,12 +350,11 @@ class Run:
 
     def seconds(self) -> float:
         """Return the time spent, in this process and those it resumes."""
-        spent = self.schedule.clock.spent()
-        return self.process.agreed(spent) if self.schedule.is_timed else spent
+        return self.clock.spent() + self.seconds_before
 
     def rate(self) -> float:
         """Return the present learning rate."""
-        return self.schedule.rate(self.done, self.descent.steps, self.begun)
+        return self.schedule.rate(self.descent.steps, self.length)
 
     def _go(self, show: Show) -> None:
         """Take steps to the end, show what looks see, and write the state when it is due."""
@@ -395,21 +374,16 @@ class Run:
     def _advance(self) -> bool:
         """Take a step, look if it is time, and return whether to go on."""
         monitor, points = self.monitor, self.batches.next()
-        began = time.monotonic()
         loss = self.descent(points, self.rate())
-        self.threads.took(time.monotonic() - began)
         if loss is not None:
             monitor.total.append(loss)
         elif self.descent.is_stuck():
             return False
-        seconds = self.seconds()
-        spent = self.schedule.clock.share(seconds + self.monitor.seconds)  # a last look is to come
-        self.done = max(self.descent.steps / self.length, spent)
-        if self.descent.steps == 1:
-            self.begun = self.done
-        if self.done < min(1.0, self.next_look):
+        self.done = self.descent.steps / self.length
+        is_over = self._is_over()
+        if self.done < min(1.0, self.next_look) and not is_over:
             return True
-        monitor.look(self.descent.steps, self.rate(), seconds)
+        monitor.look(self.descent.steps, self.rate(), self.seconds())
         self.descent.draws = None  # a callback may have switched dropout on
         self._plan_look()
         if self.done >= 1:
@@ -418,21 +392,19 @@ class Run:
             self.ended = "callback"
         elif monitor.forgets(self.schedule.patience):
             self.ended = "patience"
+        elif is_over:
+            self.ended = "time"
         return self.ended == "schedule"
 
     def _plan_look(self) -> None:
-        """Set when the next look is due, after one now; the first is at the first step.
-
-        The second look comes at the end of the warm-up; with a time limit at once, because a small
-        data set may be overfitted by then.
-        """
+        """Set when the next look is due, after one now; the first is at the first step."""
         way = min(_LOOK_SHARE, _LOOK_GROWTH * self.done)
-        if self.schedule.is_timed:
-            cost = _LOOK_TIMES * self.schedule.clock.share(self.monitor.seconds)
-            self.next_look = self.done + max(way, min(_MOST_LOOK_SHARE, cost))
-        else:
-            way = max(way, _LEAST_LOOK_STEPS / self.length)
-            self.next_look = max(self.done + way, _WARMUP_SHARE)
+        way = max(way, _LEAST_LOOK_STEPS / self.length)
+        self.next_look = max(self.done + way, _WARMUP_SHARE)
+
+    def _is_over(self) -> bool:
+        """Return whether the limit of time is over, as the first of the processes sees it."""
+        return self.clock.is_limited and bool(self.process.agreed(float(self.clock.is_over())))
 
     def _look_back(self) -> None:
         """Evaluate what came of the steps since the last look, where a run ends early."""
@@ -477,7 +449,8 @@ class Run:
         self.monitor.restore(tensors, numbers["looks"])
         self.__dict__.update({name: numbers["run"][name] for name in ("done", "ended")})
         self.next_look = numbers["run"].get("next_look", self.done + _LOOK_SHARE)
-        self.begun = numbers["run"].get("begun", 0.0)
-        self.schedule.clock.before = numbers["seconds"]
+        if self.ended == "time":  # which a run that goes on has again
+            self.ended = "schedule"
+        self.seconds_before = numbers["seconds"]
         self.batches.restore(tensors, numbers["batches"])
         set_rng_state(tensors["generator"], self.device)

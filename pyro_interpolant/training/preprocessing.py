@@ -34,7 +34,6 @@ from ..transforms.gaussianize import (
     log_length,
     with_slopes,
 )
-from .clock import Clock
 from .whitening import inliers, whitening_map
 
 _ULPS_PER_STEP = 1000  # units in the last place, that a rounding step must have
@@ -45,7 +44,6 @@ _COMPARED_ROWS = 4000  # of them, for the comparison, or
 _COMPARED_PER_DIM = 100  # times the dimension
 _MOST_DIMS = 64  # dimensions: beyond, the comparison would take too long
 _SPLITS = 3
-_CHOICE_SHARE = 0.5  # of the time, for the comparison: beyond, no map is taken
 _TRIMMED_SHARE = 0.01  # of the differences, on either side
 _COMPONENTS = 8
 _ROWS_PER_COMPONENT = 10  # times the dimension, for a component
@@ -154,7 +152,6 @@ def preferred_support(
     rows: Tensor,
     support: Constraint,
     weights: Tensor | None = None,
-    clock: Clock | None = None,
     *,
     always: bool = False,
 ) -> Constraint:
@@ -172,7 +169,6 @@ def preferred_support(
         rows: Unconstrained rows, shape ``(N, D)``.
         support: The support they come from.
         weights: Non-negative weights, shape ``(N,)``, or None.
-        clock: What tells how much time there is, or None.
         always: Whether to take a map of single columns without comparing.
 
     Raises:
@@ -187,7 +183,7 @@ def preferred_support(
     make = (
         marginal_transform
         if always
-        else _best(few[: max(_COMPARED_ROWS, _COMPARED_PER_DIM * rows.shape[1])], clock)
+        else _best(few[: max(_COMPARED_ROWS, _COMPARED_PER_DIM * rows.shape[1])])
     )
     gaussianizer = None if make is None else make(few)
     return support if gaussianizer is None else Gaussianized(support, gaussianizer)
@@ -201,8 +197,8 @@ def _shuffled(count: int, weights: Tensor | None) -> Tensor:
     return weighted_indices(weights.cpu(), min(count, KNOT_ROWS), generator)
 
 
-def _best(rows: Tensor, clock: Clock | None) -> Callable[[Tensor], Gaussianizer | None] | None:
-    """Return what makes the map that pays most, or None, also where time is too short to tell."""
+def _best(rows: Tensor) -> Callable[[Tensor], Gaussianizer | None] | None:
+    """Return what makes the map that pays most, or None."""
     if rows.shape[1] > _MOST_DIMS:
         return None
     try:
@@ -218,8 +214,6 @@ def _best(rows: Tensor, clock: Clock | None) -> Callable[[Tensor], Gaussianizer 
             plain = _mixture(kept, held)
             for make, gain in list(gains.items()):
                 gains[make] = min(gain, _gain(make, kept, held, plain))
-                if clock is not None and clock.is_beyond(_CHOICE_SHARE):
-                    return None
             gains = {make: gain for make, gain in gains.items() if gain > 0}
             if not gains:
                 break

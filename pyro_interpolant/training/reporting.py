@@ -10,7 +10,6 @@ import contextlib
 import functools
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -34,7 +33,6 @@ from .selection import Scores
 Show = Callable[[float, str], None]  # advances a bar to a share, with a few words beside it
 
 _REPORTED_ROWS = 1000  # held out, that the report evaluates
-_FIRST_ROWS = 100  # of them, however short the time
 # Held out, that judge weights in a run: rows, and numbers in all, as a density of D columns takes
 # some D evaluations of the network. By 8 steps a banana's density is off by 0.01 nats, and the
 # error differs between weights, so that fewer steps would rank them wrongly.
@@ -209,24 +207,17 @@ class HeldOutDensity:
         digits = decimals(scores.error())
         return f"{-scores.mean():.{digits}f} nats{beside(self.against, self.name, digits)}"
 
-    def measured(self, report: Report, deadline: float) -> Report:
+    def measured(self, report: Report) -> Report:
         """Return a report with the mean log-density of rows held out, if there is one.
 
         It warns where rows have none, as paths back from them end beyond the bounds of the base.
 
         Args:
             report: The report.
-            deadline: The time, by :func:`time.monotonic`, after which few rows are evaluated.
         """
         if not self.is_known:
             return report
-        began, rows = time.monotonic(), self.split.held.evenly(_REPORTED_ROWS)
-        count, first = len(rows.w), min(_FIRST_ROWS, len(rows.w))
-        found = self._means(rows.evenly(first))  # rows may come in an order
-        pace = (time.monotonic() - began) / first
-        if first < count and time.monotonic() + pace * count < deadline:
-            found = self._means(rows)
-        *numbers, none = found
+        *numbers, none = self._means(self.split.held.evenly(_REPORTED_ROWS))
         if self.has_bounds and none > 0:
             warn_user(
                 f"a share of {none:.2g} of the rows held out has density zero: paths back from "

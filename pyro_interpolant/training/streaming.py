@@ -19,7 +19,6 @@ from ..distributions.rounding import warn_if_rounded
 from ..distributions.rows import as_tensor, check_same_order, names_of
 from ..transforms.whitening import DenseWhitening
 from .checkpoint import Checkpoint, from_json, to_json
-from .clock import Clock
 from .data import HeldOut, Split, check_same_scale, held_out_rows, mask_of, rows_of
 from .distributed import Process
 from .image_rows import are_levels, flips, is_image, most_held
@@ -197,7 +196,6 @@ class Stream:
         process: Process,
         batch_size: int | None,
         *,
-        clock: Clock | None = None,
         state: Checkpoint | None = None,
         progress: bool = False,
     ) -> Split:
@@ -208,7 +206,6 @@ class Stream:
         Args:
             process: This process, or one of several with batches of their own.
             batch_size: Rows per step and process, or None for those of the first batch.
-            clock: What tells how much time there is.
             state: What the run goes on from: as many batches are looked at as then.
             progress: Whether to show a bar.
 
@@ -221,7 +218,7 @@ class Stream:
         """
         check_ranges(whole("batch_size", batch_size, 1, or_none=True))
         before = surveyed(state, process.rank)
-        own = self._survey(clock or Clock(None), before, progress=progress)
+        own = self._survey(before, progress=progress)
         survey, rows = put_together(own, process)
         self.surveyed, self.mean_weight = survey.outcome(), own.weight / own.total
         if before is not None and state is not None:
@@ -247,7 +244,7 @@ class Stream:
             rows if self.anew else math.inf,
         )
 
-    def _survey(self, clock: Clock, before: Surveyed | None, *, progress: bool) -> Survey:
+    def _survey(self, before: Surveyed | None, *, progress: bool) -> Survey:
         """Go through the stream as far as wanted."""
         by_matrix = isinstance(self.distribution.transform.flow.whitening, DenseWhitening)
         known, survey = _length(self.iterable), Survey(self.most_held, by_matrix=by_matrix)
@@ -259,9 +256,7 @@ class Stream:
                 survey.add(self.rows(batch, survey.batches))
                 held = math.inf if self.share is None else self.share * survey.total
                 if before is None:
-                    enough = (
-                        held >= self.most_held and not self.anew or survey.is_enough(known, clock)
-                    )
+                    enough = held >= self.most_held and not self.anew or survey.is_enough(known)
                     enough = enough and survey.total >= 2  # the fewest that a run begins with
                 else:
                     enough = survey.batches == before.batches

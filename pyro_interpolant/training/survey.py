@@ -15,7 +15,6 @@ from torch import Tensor
 from .._torch import warn_user
 from ..distributions.rows import rows_held
 from .checkpoint import Checkpoint
-from .clock import Clock
 from .repeats import distinguished, shared_keys
 from .rows import Rows, keys_of, row_keys
 
@@ -24,8 +23,6 @@ MOST_HELD = 8192  # rows held out of a stream
 _SAMPLE_ROWS_A_COLUMN = 10  # kept at least of a stream with many, where a matrix whitens them
 _MOST_ROWS = 2**17  # of a stream of unknown length, in a first pass: a tenth of them is held out
 _MOST_VALUES = 2**26  # the same in numbers, for rows of many columns
-_SURVEY_SHARE = 0.1  # of the time, for the first pass
-_ROWS_PER_COLUMN = 20  # that a whitening needs, however short the time
 
 
 class HeldOutKeys(NamedTuple):
@@ -205,16 +202,13 @@ class Survey:
         """Return the number of the rows so far, of rows that weigh as much."""
         return (self.weight / self.largest) ** 2 / self.squares
 
-    def is_enough(self, known: int | None, clock: Clock) -> bool:
-        """Return whether the rows so far are enough, or the time for the pass is over.
+    def is_enough(self, known: int | None) -> bool:
+        """Return whether the rows so far are enough.
 
         Args:
             known: The number of all batches, or None.
-            clock: What tells how much time there is.
         """
         dim = self.kept[0][0].w.shape[-1]
-        if clock.is_beyond(_SURVEY_SHARE) and self.total >= _ROWS_PER_COLUMN * dim:
-            return True
         rows = max(self.total, self.batches)  # batches may be empty
         most = max(min(_MOST_ROWS, _MOST_VALUES // dim), self._needed())
         return self.batches >= (known or 0) and rows >= most

@@ -5,27 +5,23 @@ from which particles are carried to the target.
 """
 
 import math
-import time
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from ..._torch import draws_nothing
+from ...training.clock import Clock
 from .tempering import HMCKernel, LogDensity, tempered_smc
 
 _START_SCALE = 4.0  # of the default start
 _START_ROWS = 2000  # that are drawn of a start given as a distribution
-# The fewest and the most, by what an iteration costs. Derivatives of 16 rows through a solver take
-# 1.2 to 2.1 times as long as those of 4, and 4 searches leave modes to tempering, which may lose
-# them.
-_SEARCHES = (16, 256)
+_SEARCHES = 64  # 4 leave modes to tempering, which may lose them
 _MAX_COMPONENTS = 32  # besides the wide one
-_SCOUTS = (256, 4000)  # the fewest and most particles carried from the wide start
-_GRADIENTS_PER_SCOUT = 300  # about as many as tempering takes
+_SCOUTS = 512  # particles carried from the wide start
 _MAX_ITERATIONS = 60  # of a search
-_MAX_OVERTIME = 1.5  # times the time it may take, for searches that have not arrived
 _STEPS = (8.0, 3.0, 1.0, 0.5, 0.2, 0.04, 0.003)  # along Newton's direction that are tried
+_TRIED = 16  # draws of the start, at which second derivatives are looked for
 _BOUND_DRAWS = 8  # for the evidence bound of each Gaussian on the way
 _WIDE_SHARE = 0.15  # of the mixture, for the wide component
 _DF = 5.0  # degrees of freedom
@@ -109,7 +105,7 @@ def initial_mixture(start: Tensor | Distribution | None, like: Tensor) -> Studen
 
 
 @torch.no_grad()
-def pathfinder(density: LogDensity, wide: StudentTMixture, *, seconds: float) -> StudentTMixture:
+def pathfinder(density: LogDensity, wide: StudentTMixture, clock: Clock) -> StudentTMixture:
     r"""Return a mixture of the best Gaussians on Newton's way uphill, and of the wide start.
 
     From each start a saddle-free Newton search goes uphill; of the Gaussians
@@ -119,21 +115,15 @@ def pathfinder(density: LogDensity, wide: StudentTMixture, *, seconds: float) ->
     Args:
         density: The target.
         wide: Where to start from.
-        seconds: The time it may take.
+        clock: The time, whose limit ends the searches.
 
     References:
         Zhang, Carpenter, Gelman & Vehtari, *Pathfinder*, JMLR 2022, arXiv 2108.03782; Dauphin et
         al., arXiv 1406.2572 (saddle-free).
     """
-    began = time.monotonic()
-    density.tune(wide.sample(2 * max(_SCOUTS)))  # whose cost is looked at afterwards, too
-    if wide.loc.shape[1] > _MAX_DIM:
+    if wide.loc.shape[1] > _MAX_DIM or not _has_curvature(density, wide):
         return wide
-    x = _scouts(density, wide, 0.3 * seconds)
-    count = _affordable(density, wide, 0.5 * seconds)
-    if not count:
-        return wide
-    x = _spread(x, count)
+    x = _spread(_scouts(density, wide, clock), _SEARCHES)
     floor = 1e-4 / wide.root.double().square().sum(-1).mean(0)  # precisions, shape (D,)
     bound = x.new_full((len(x),), -math.inf, dtype=torch.float64)
     loc, root = x.clone(), wide.root[0].double().repeat(len(x), 1, 1)
@@ -154,22 +144,17 @@ def pathfinder(density: LogDensity, wide: StudentTMixture, *, seconds: float) ->
         found = tried[best.indices, torch.arange(len(here), device=x.device)]
         x[at], value[at] = found[moved], best.values[moved]
         active = active[gain > _MIN_GAIN]
-        if len(active) == 0 or time.monotonic() - began > _MAX_OVERTIME * seconds:
+        if len(active) == 0 or clock.is_over():
             break
     return _mixed(wide, bound, loc, root)
 
 
-def _scouts(density: LogDensity, wide: StudentTMixture, seconds: float) -> Tensor:
+def _scouts(density: LogDensity, wide: StudentTMixture, clock: Clock) -> Tensor:
     """Return rows from the wide start and from all along its path to the density."""
-    least, most = _SCOUTS
-    affordable = seconds / (_GRADIENTS_PER_SCOUT * density.seconds)
-    count, until = int(max(least, min(most, affordable))), time.monotonic() + seconds
-    draws, start, rows = wide.sample(count), LogDensity(wide.log_prob), list[Tensor]()
-    if count * density.seconds > seconds:  # which would be spent before they moved
-        return draws
-    for level in tempered_smc(draws, start, density, HMCKernel(), deadline=until):
+    draws, start, rows = wide.sample(_SCOUTS), LogDensity(wide.log_prob), list[Tensor]()
+    for level in tempered_smc(draws, start, density, HMCKernel()):
         rows.append(level.particles.x)
-        if time.monotonic() >= until:
+        if clock.is_over():
             break
     return torch.cat(rows)
 
@@ -189,17 +174,9 @@ def _spread(x: Tensor, count: int) -> Tensor:
     return x[chosen]
 
 
-def _affordable(density: LogDensity, wide: StudentTMixture, seconds: float) -> int:
-    """Return how many starts can be followed in the time; none without second derivatives."""
-    least, most = _SEARCHES
-    x = wide.sample(least)
-    _, hessian = _derivatives(density, x)  # not timed: the first call may compile
-    if not bool(hessian.any()):
-        return 0
-    began = time.monotonic()
-    _derivatives(density, x)
-    each = (time.monotonic() - began) / least
-    return int(max(least, min(most, seconds / (0.5 * _MAX_ITERATIONS * each))))
+def _has_curvature(density: LogDensity, wide: StudentTMixture) -> bool:
+    """Return whether the density has second derivatives at draws of the start."""
+    return bool(_derivatives(density, wide.sample(_TRIED))[1].any())
 
 
 def _distinct(bound: Tensor, loc: Tensor, root: Tensor) -> list[int]:

@@ -6,9 +6,7 @@ p in blocks, ``Particles`` are rows with their gradients, ``HMCKernel`` moves th
 room uses all three.
 """
 
-import contextlib
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -17,17 +15,15 @@ from torch import Tensor
 
 from ..._torch import draws_nothing
 from ...diagnostics.psis import effective_sample_size, finite_or_minus_inf, systematic_resampling
-from ...training.threads import Threads
 
-_BLOCKS = (128, 512, 2048, 4096)  # numbers of rows evaluated at once that are tried
+# Rows are evaluated in blocks that keep so many numbers for the gradient: larger ones leave the
+# processor's cache, smaller ones pay for every call.
+_NUMBERS_AT_ONCE, _FEWEST_ROWS, _MOST_ROWS = 2**20, 32, 4096
 _CHECKED = 32  # rows at a time, until one has a density
-_TUNING_SECONDS = 1.0  # beyond which larger blocks are not tried
 _TARGET_ACCEPTANCE = 0.7  # of the longer steps
 _STEP_DECADES = (-2.0, 0.8)  # the other steps, in powers of ten of the usual one
-_EFFECTIVE_SHARES = (0.5, 0.2, 0.05)  # from level to level: in time, late, very late
-# Of few particles, whose metric would else lose directions: in all, and for each dimension.
-_FEWEST_EFFECTIVE, _EFFECTIVE_PER_DIM = 25, 1
-_MOVES_PER_LEVEL = 4  # half as many when late
+_EFFECTIVE_SHARE = 0.5  # from level to level
+_MOVES_PER_LEVEL = 4
 _MIN_EIGENVALUE = 1e-10  # of a correlation, below which it is noise
 
 
@@ -65,18 +61,13 @@ class LogDensity:
 
     Args:
         function: From rows, shape ``(N, D)``, to log densities, shape ``(N,)``.
-        threads: What chooses the number of threads by how long blocks take; one by default.
 
     Attributes:
-        rows: How many rows are evaluated at once.
-        seconds: What a row costs, with its gradient.
+        rows: How many rows are evaluated at once, by how many numbers a row's gradient keeps.
     """
 
-    def __init__(
-        self, function: Callable[[Tensor], Tensor], threads: Threads | None = None
-    ) -> None:
-        self.function, self.threads = function, threads
-        self.rows, self.seconds = 1024, 0.0
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function, self.rows = function, 1024
 
     def check(self, x: Tensor) -> None:
         """Raise a ValueError unless the density is finite at some rows and differentiable.
@@ -84,8 +75,19 @@ class LogDensity:
         Args:
             x: Rows to try on, shape ``(N, D)``.
         """
+        kept = 0
+
+        def count(value: Tensor) -> Tensor:
+            nonlocal kept
+            kept += value.numel()
+            return value
+
         for few in x.split(_CHECKED):
-            with torch.enable_grad():
+            kept = 0
+            with (
+                torch.enable_grad(),
+                torch.autograd.graph.saved_tensors_hooks(count, lambda value: value),
+            ):
                 value = self(few.detach().clone().requires_grad_())
             if bool(torch.isfinite(value).any()):
                 break
@@ -99,48 +101,18 @@ class LogDensity:
                 f"expected a log density that is finite somewhere, got none of {len(x)} draws of "
                 "the start: pass start=, rows near the target, or its centre"
             )
-
-    def tune(self, x: Tensor) -> None:
-        """Measure what a row costs, and choose how many to evaluate at once.
-
-        Large blocks leave the processor's cache, small ones pay for every call.
-
-        Args:
-            x: Rows to try on, shape ``(N, D)``.
-        """
-        best = math.inf
-        for rows in sorted({min(r, len(x)) for r in _BLOCKS}):
-            began = time.monotonic()
-            self._differentiated(x[:rows])  # the first call of a size may compile
-            is_slow = time.monotonic() - began > _TUNING_SECONDS
-            few, began = x[: rows if is_slow else 2 * rows], time.monotonic()
-            for part in few.split(rows):
-                self._differentiated(part)
-            each = (time.monotonic() - began) / len(few)
-            if each < 0.9 * best:
-                best, chosen = each, rows
-            if 6 * each * len(few) > _TUNING_SECONDS:  # the next takes four times 3 for these 2
-                break
-        self.rows, self.seconds = chosen, best
+        rows = _NUMBERS_AT_ONCE * len(few) // max(1, kept)
+        self.rows = max(_FEWEST_ROWS, min(_MOST_ROWS, rows))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the log density, shape ``(N,)``, of rows of shape ``(N, D)``, differentiable."""
-        with self._threads(), draws_nothing():
+        with draws_nothing():
             return torch.cat([self._value(part) for part in x.split(self.rows)])
 
     def particles(self, x: Tensor) -> Particles:
         """Return rows, shape ``(N, D)``, with their log densities and gradients."""
-        parts = []
-        with self._threads():
-            for part in x.split(self.rows):
-                began = time.monotonic()
-                parts.append(self._differentiated(part))
-                if self.threads is not None:
-                    self.threads.took((time.monotonic() - began) / max(1, len(part)))
+        parts = [self._differentiated(part) for part in x.split(self.rows)]
         return Particles(x, *map(torch.cat, zip(*parts, strict=True)))
-
-    def _threads(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.threads is None else self.threads.in_use()
 
     def _differentiated(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return log densities and gradients of rows that are evaluated at once, ``(N, D)``."""
@@ -228,9 +200,7 @@ class Level(NamedTuple):
     log_evidence: float
 
 
-def tempered_smc(
-    x: Tensor, q: LogDensity, p: LogDensity, kernel: HMCKernel, *, deadline: float
-) -> Iterator[Level]:
+def tempered_smc(x: Tensor, q: LogDensity, p: LogDensity, kernel: HMCKernel) -> Iterator[Level]:
     r"""Carry draws of q to p along :math:`p^b q^{1-b}`, b from 0 to 1, and yield each level.
 
     Each b is the largest at which half the particles stay effective; they are then drawn by weight
@@ -241,23 +211,18 @@ def tempered_smc(
         q: :math:`\log q`.
         p: :math:`\log p`.
         kernel: The moves.
-        deadline: The time, by :func:`time.monotonic`, from which b rises faster, and, when as much
-            again is spent, faster still.
 
     References:
         Del Moral, Doucet & Jasra, *Sequential Monte Carlo samplers*, JRSS B 68, 2006.
     """
-    b, evidence, began = 0.0, 0.0, time.monotonic()
+    b, evidence = 0.0, 0.0
     of_p, of_q = p.particles(x), q.particles(x)
     yield Level(b, of_p, evidence)
     while b < 1.0:
         ratio = of_p.log_p - of_q.log_p
         if not bool(torch.isfinite(ratio).any()):
             return
-        late = (time.monotonic() > deadline) + (time.monotonic() > 2 * deadline - began)
-        fewest = max(_FEWEST_EFFECTIVE, _EFFECTIVE_PER_DIM * x.shape[1])
-        share = max(_EFFECTIVE_SHARES[late], min(0.5, fewest / len(x)))
-        new = _next_exponent(ratio, b, share)
+        new = _next_exponent(ratio, b, _EFFECTIVE_SHARE)
         weights = (new - b) * ratio
         evidence += float(weights.double().logsumexp(0)) - math.log(len(x))
         index, b = systematic_resampling(weights, len(x)), new
@@ -268,7 +233,7 @@ def tempered_smc(
             return _geometric_mean(p.particles(x), q.particles(x), b)
 
         state = _geometric_mean(of_p, of_q, b)
-        for _ in range(_MOVES_PER_LEVEL if not late else _MOVES_PER_LEVEL // 2):
+        for _ in range(_MOVES_PER_LEVEL):
             state, _ = kernel(state, between)
         of_p, of_q = p.particles(state.x), q.particles(state.x)
         yield Level(b, of_p, evidence)

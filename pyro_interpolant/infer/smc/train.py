@@ -6,7 +6,6 @@ the flow.
 """
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from torch.distributions import Distribution
 
 from ..._package import check_ranges, whole
 from ..._torch import seeded, warn_user
-from ...diagnostics.calibration import calibrate_until
+from ...diagnostics.calibration import calibrated
 from ...diagnostics.psis import (
     K_HAT_LIMIT,
     WeightedDraws,
@@ -36,38 +35,26 @@ from ...training.clock import Clock
 from ...training.fitting import trainable_flow
 from ...training.reporting import Show, percent_bar
 from ...training.rows import Rows
-from ...training.threads import Threads
 from ...training.whitening import set_whitening
 from ...transforms.flow import Flow
-from ..regression import FlowRegression, RateSchedule, clocked
+from ..regression import FlowRegression, RateSchedule
 from .pathfinder import StudentTMixture, initial_mixture, pathfinder
 from .tempering import HMCKernel, LogDensity, Particles, tempered_smc
 
 _FLAT = 2e-3  # nats, the improvement over a window of rounds below which a run is flat
 _FLAT_WINDOW = 5  # rounds
-_GRADIENTS_PER_PARTICLE = 40  # at the least, on the way from the start
-# Of this way, however late it is, some 100 gradients: in 2 to 100 dimensions targets as wide as a
-# part of the start took 7 to 53, narrow ones far from it 270 and more.
-_LEAST_LEVELS = 20
-# Of the time of a run: for finding where to begin; when tempering should have reached the target;
-# for the fewest gradients of each particle on the way; for moves at the target before the first
-# round; at most for the regression of a round; and for the verdict.
-_PATHFINDER_SHARE, _TEMPERED, _GRADIENTS_SHARE = 0.07, 0.25, 0.2
-_MIXING_SHARE, _REGRESSION_SHARE, _VERDICT_SHARE = 0.08, 0.05, 0.06
-_MOVES_SHARE = 0.35  # of the time of the rest of a round
+_ROUNDS = 20  # the most, by default
 # The most times that a round's regression goes through its rows, which it would learn by heart:
 # of the few particles of a slow density 170 to 340 times gave a nat more on them than on fresh
 # draws.
 _PASSES = 20
-# However slow the density is: in all, and for each dimension. Of 100 in 60 dimensions, of which
-# half are effective, none left the few directions that they were drawn to: their variance was half
-# of the target's, and the log-evidence off by 200 nats.
-_LEAST_PARTICLES, _PARTICLES_PER_DIM = 100, 3
-# Particles that are moved even where this is slow, as far as they take no more of the time.
-_WANTED_PARTICLES, _THEIR_SHARE = 500, 0.6
-_LEAPFROG_STEPS, _SLOW_LEAPFROG_STEPS = 8, 3  # the most in a move, by what the density costs
-_ROUND_MOVES = (1, 200)  # the fewest and the most in a round
-_MIXING_MOVES = (1, 240)  # before the first round: narrow places fill slowly
+# For each dimension at least. Of 100 in 60 dimensions, of which half are effective, none left the
+# few directions that they were drawn to: their variance was half of the target's, and the
+# log-evidence off by 200 nats.
+_PARTICLES_PER_DIM = 3
+# By the gradient in a round: so many over the acceptance of the flow's independent draws, at most.
+_ROUND_MOVES, _MOST_ROUND_MOVES = 6, 64
+_MIXING_MOVES = 64  # before the first round: narrow places fill slowly
 _POOLS_OF_MIXING = 8  # how often the rows are kept meanwhile
 _CALIBRATION_ROWS = 128  # particles on which the solver is calibrated
 _TOLERANCE = 1e-2  # nats, of the calibration
@@ -124,6 +111,7 @@ class RoundsResult(NamedTuple):
         best_round: The index of the round whose flow was kept.
         seconds: The duration.
         solver: The calibrated solver that was set.
+        stopped_by: What ended it: ``"rounds"``, ``"time"`` or ``"interrupt"``.
     """
 
     k_hat: float
@@ -136,6 +124,7 @@ class RoundsResult(NamedTuple):
     best_round: int
     seconds: float
     solver: Solver
+    stopped_by: str
 
     def __repr__(self) -> str:
         """Say how good the flow is, and what it took."""
@@ -143,7 +132,8 @@ class RoundsResult(NamedTuple):
         return (
             f"k-hat {self.k_hat:.2f}, {self.ess:,.0f} effective draws of {self.draws:,}; "
             f"log-evidence {evidence} nats; best of "
-            f"{len(self.rounds)} rounds: {self.best_round + 1}, in {duration(self.seconds)}; "
+            f"{len(self.rounds)} rounds: {self.best_round + 1}, ended by {self.stopped_by} in "
+            f"{duration(self.seconds)}; "
             f"{len(self.particles):,} particles; {self.solver}"
         )
 
@@ -157,48 +147,28 @@ def _find_particles(
         N particles; the moves, their step adapted; and the particles as they were from time to
         time, each of shape ``(N, D)``.
     """
-    mixture = pathfinder(density, wide, seconds=_PATHFINDER_SHARE * clock.limit)
-    left = max(0.0, clock.limit - clock.spent())
-    in_all = left / (_GRADIENTS_PER_PARTICLE * max(density.seconds, 1e-9))
-    affordable = _GRADIENTS_SHARE * in_all
-    kernel = HMCKernel(_SLOW_LEAPFROG_STEPS if affordable < draws else _LEAPFROG_STEPS)
-    wanted = min(_WANTED_PARTICLES, _THEIR_SHARE * in_all)
-    least = _PARTICLES_PER_DIM * wide.loc.shape[1]
-    count = int(max(least, min(draws, max(_LEAST_PARTICLES, affordable, wanted))))
-    _warn_if_slow(density, count, clock)
-    deadline = clock.began + _TEMPERED * clock.limit
-    x, start = mixture.sample(count), LogDensity(mixture.log_prob)
-    for i, level in enumerate(tempered_smc(x, start, density, kernel, deadline=deadline)):
-        show(clock.spent() / clock.limit, f"tempering: {level.exponent:.3g}")
-        if level.exponent < 1 and i >= _LEAST_LEVELS and time.monotonic() > clock.deadline():
+    mixture, kernel = pathfinder(density, wide, clock), HMCKernel()
+    x = mixture.sample(max(draws, _PARTICLES_PER_DIM * wide.loc.shape[1]))
+    for level in tempered_smc(x, LogDensity(mixture.log_prob), density, kernel):
+        show(0.0, f"tempering: {level.exponent:.3g}")
+        if level.exponent < 1 and clock.is_over():
             warn_user(
-                f"the time, {duration(clock.limit)}, was too short for particles to reach the "
-                f"target: they are {level.exponent:.2g} of the way, and wider than it is. Give a "
-                "max_seconds some times as long, or a start nearer to it"
+                f"max_seconds, {duration(clock.limit)}, was too short for particles to reach the "
+                f"target: they are {level.exponent:.2g} of the way, and wider than it is. Give "
+                "some times as much, fewer draws, or a start nearer to it"
             )
             break
     particles = level.particles
     kernel.adapt_metric(particles.x)
     pools = [particles.x]
-    every = max(_MIXING_MOVES) // _POOLS_OF_MIXING
-    for i in clocked(_MIXING_SHARE * clock.limit, *_MIXING_MOVES):
+    every = _MIXING_MOVES // _POOLS_OF_MIXING
+    for i in range(_MIXING_MOVES):
+        if clock.is_over():
+            break
         particles, _ = kernel(particles, density.particles)
         if i % every == every - 1:
             pools.append(particles.x)
     return particles, kernel, pools
-
-
-def _warn_if_slow(density: LogDensity, count: int, clock: Clock) -> None:
-    """Warn where the fewest gradients of particles take so long that no run can keep its time."""
-    least = _GRADIENTS_PER_PARTICLE * count
-    seconds = least * density.seconds
-    if seconds > _THEIR_SHARE * clock.limit:  # of the fewest particles alone, by their choice
-        warn_user(
-            f"the time, {duration(clock.limit)}, is too short for this density: a row of it "
-            f"takes {1e3 * density.seconds:.3g} ms, and {least:,} rows, the fewest for {count} "
-            f"particles on their way to it, {duration(seconds)}. Give max_seconds="
-            f"{math.ceil(seconds / _TEMPERED)}, or a density that is faster for many rows at once"
-        )
 
 
 class Jump(NamedTuple):
@@ -286,8 +256,8 @@ class Rounds:
         particles: Particles of the target.
         kernel: What moves them.
         pools: Rows to begin with, each of shape ``(N, D)``.
-        rounds: The most rounds, or None.
-        clock: The time.
+        rounds: The most rounds.
+        clock: The time, whose limit ends them.
     """
 
     def __init__(
@@ -297,11 +267,11 @@ class Rounds:
         particles: Particles,
         kernel: HMCKernel,
         pools: list[Tensor],
-        rounds: int | None,
+        rounds: int,
         clock: Clock,
     ) -> None:
         self.distribution, self.density, self.clock = distribution, density, clock
-        self.particles, self.kernel, self.rounds = particles, kernel, rounds
+        self.particles, self.kernel = particles, kernel
         set_whitening(self.distribution, Rows(self.particles.x, None))
         # What was learned or measured of other rows does not hold for these.
         distribution.transform.flow.noise = distribution.report = None
@@ -309,19 +279,11 @@ class Rounds:
         self.history = list[Round]()
         self.best_gap, self.best_round = math.inf, 0
         self.best_weights = self.regression.values()
-        self.schedule = RateSchedule(clock.spent(), (1 - _VERDICT_SHARE) * clock.limit)
-
-    def share_of_rounds(self) -> float:
-        """Return which share of the rounds, where their number is limited, is done."""
-        return len(self.history) / (self.rounds or math.inf)
+        self.schedule = RateSchedule(rounds)
 
     def done(self) -> float:
         """Return which share of the run is done."""
-        return max(self.clock.spent() / self.clock.limit, self.share_of_rounds())
-
-    def rate(self) -> float:
-        """Return the learning rate."""
-        return self.schedule.rate(self.clock.spent(), self.share_of_rounds())
+        return len(self.history) / self.schedule.end
 
     def round(self, steps: int) -> bool:
         """Regress the flow, propose by it, move by the gradient; return whether to go on.
@@ -329,29 +291,29 @@ class Rounds:
         Args:
             steps: The most steps of the regression.
         """
-        began, clock = time.monotonic(), self.clock
-        left = self.schedule.end - clock.spent()
-        steps = min(steps, self.regression.steps_of(_PASSES))
-        self.regression(steps, self.rate, seconds=min(_REGRESSION_SHARE * clock.limit, left))
+        steps = max(1, min(steps, self.regression.steps_of(_PASSES)))
+        before = len(self.history)
+        self.regression(steps, lambda step: self.schedule.rate(before + step / steps))
         with self.regression.descent.averaged(), evaluated(self.distribution.transform.flow):
             self.distribution.clear_cache()
             coarse_solver(self.distribution, self.particles.x)
             jump = flow_proposal_step(self.distribution, self.particles, self.density)
-        self.particles, acceptance = self._moved(jump.particles, time.monotonic() - began)
+        self.particles, acceptance = self._moved(jump)
         self.regression.add(Rows(self.particles.x, None))
         self.history.append(self._diagnosed(jump, acceptance))
         if jump.gap < self.best_gap:
             self.best_gap, self.best_round = jump.gap, len(self.history) - 1
             self.best_weights = self.regression.values()
         if self._is_flat():
-            self.schedule = self.schedule.landed(clock.spent())
-        return self.share_of_rounds() < 1 and clock.spent() < self.schedule.end
+            self.schedule = self.schedule.landed(len(self.history))
+        return self.done() < 1 and not self.clock.is_over()
 
-    def _moved(self, particles: Particles, seconds: float) -> tuple[Particles, float]:
-        """Move by the gradient of the target, for a share of the time of the round so far."""
+    def _moved(self, jump: Jump) -> tuple[Particles, float]:
+        """Move by the gradient of the target, more often where few proposals are accepted."""
+        particles, rates = jump.particles, list[float]()
         self.kernel.adapt_metric(particles.x)
-        rates = []
-        for _ in clocked(_MOVES_SHARE * seconds, *_ROUND_MOVES):
+        wanted = math.ceil(_ROUND_MOVES / max(jump.acceptance, 1e-9))
+        for _ in range(min(wanted, _MOST_ROUND_MOVES)):
             particles, rate = self.kernel(particles, self.density.particles)
             rates.append(rate)
         return particles, sum(rates) / len(rates)
@@ -371,30 +333,29 @@ class Rounds:
         improvement = sum(early) / window - sum(late) / window
         return improvement < _FLAT and self.history[-1].k_hat < K_HAT_LIMIT
 
-    def verdict(self, deadline: float) -> RoundsResult:
-        """Keep the last flow or the best, whichever is better on fresh draws, and judge it.
-
-        Args:
-            deadline: When to be done, by :func:`time.monotonic`.
-        """
+    def verdict(self, *, interrupted: bool) -> RoundsResult:
+        """Keep the last flow or the best, whichever is better on fresh draws, and judge it."""
         last, few = self.regression.values(), self.particles.x[: _CALIBRATION_ROWS * 8]
         self.regression.use(last)
         few = few[torch.randperm(len(few))[:_CALIBRATION_ROWS].to(few.device)]
-        solver = calibrate_until(deadline, self.distribution, few, tolerance=_TOLERANCE).solver
-        drawn, chosen = self._weighed(deadline), len(self.history) - 1
-        if self.best_round != chosen and len(drawn.x) == _VERDICT_DRAWS:
+        solver = calibrated(self.distribution, few, tolerance=_TOLERANCE).solver
+        drawn, chosen = self._weighed(), len(self.history) - 1
+        if self.best_round != chosen:
             self.regression.use(self.best_weights)
-            of_best = self._weighed(deadline)
+            of_best = self._weighed()
             if _effective_share(of_best) > _BETTER * _effective_share(drawn):
                 drawn, chosen = of_best, self.best_round
             else:
                 self.regression.use(last)
         summary, count, spent = drawn.summary(), len(drawn.x), self.clock.spent()
-        return RoundsResult(*summary, count, self.particles.x, self.history, chosen, spent, solver)
+        ended = "interrupt" if interrupted else "time" if self.done() < 1 else "rounds"
+        return RoundsResult(
+            *summary, count, self.particles.x, self.history, chosen, spent, solver, ended
+        )
 
-    def _weighed(self, deadline: float) -> WeightedDraws:
-        """Return fresh draws with their weights, as many as there is time for."""
-        return weighted_draws(self.distribution, self.density, _VERDICT_DRAWS, deadline=deadline)
+    def _weighed(self) -> WeightedDraws:
+        """Return fresh draws with their weights."""
+        return weighted_draws(self.distribution, self.density, _VERDICT_DRAWS)
 
 
 def _effective_share(drawn: WeightedDraws) -> float:
@@ -411,7 +372,7 @@ def train_from_density(
     log_density: Callable[[Tensor], Tensor],
     *,
     start: Tensor | Distribution | None = None,
-    max_seconds: float = 120.0,
+    max_seconds: float | None = None,
     draws: int = 4000,
     steps: int = 800,
     rounds: int | None = None,
@@ -432,16 +393,14 @@ def train_from_density(
         start: Where the search starts: rows, shape ``(M, D)``, such as draws of the prior; a
             centre, shape ``(D,)``; or a distribution of event shape ``(D,)``. It should be wider
             than the target. By default a Student-t of scale 4 around 0.
-        max_seconds: The time to spend, unless nothing improves any more; it takes up to 5% and 5 s
-            more, or, with a warning before particles are moved, what some 60 evaluations for each
-            of the fewest take, 100 and 3 for each dimension; up to 120 where the target is far.
-            Where particles do not come to it in time, a warning says so, and the flow is of where
-            they are.
-        draws: The number of particles; fewer where the density is slow, but at least 3 for each
-            dimension.
+        max_seconds: A limit of the time until the verdict, by default none; a run that it cut has
+            ``stopped_by="time"``. Where particles have not come to the target by then, a warning
+            says so, and the flow is of where they are.
+        draws: The number of particles, at least 3 for each dimension. Each takes some 1,000
+            gradients of the density: give fewer where it is slow.
         steps: The most regression steps in a round, which goes through its rows 20 times at most.
-        rounds: The most rounds; by default as many as the time allows.
-        seed: Makes the run reproducible, as far as the clock decides nothing.
+        rounds: The most rounds, by default 20; fewer where nothing improves any more.
+        seed: Makes the run reproducible.
         progress: Whether to show a bar.
 
     Returns:
@@ -459,18 +418,18 @@ def train_from_density(
         2022, arXiv 2105.12603 (the rounds); Del Moral, Doucet & Jasra, JRSS B 68, 2006
         (tempering); Vehtari et al., arXiv 1507.02646 (k-hat).
     """
-    clock, flow = Clock(max_seconds, or_none=False), _checked_flow(distribution)
+    clock, flow = Clock(max_seconds), _checked_flow(distribution)
     of_rounds = whole("rounds", rounds, 1, or_none=True)
     check_ranges(whole("draws", draws, 100), whole("steps", steps, 1), of_rounds)
     with torch.inference_mode(mode=False), torch.no_grad(), seeded(seed):
         wide = initial_mixture(start, flow.loc)
-        density = LogDensity(log_density, Threads(choose=flow.loc.is_cpu))
+        density = LogDensity(log_density)
         density.check(wide.sample(256))
         with percent_bar("rounds", progress=progress) as show:
             found = _find_particles(density, wide, int(draws), clock, show)
             with trainable(flow.velocity):
-                run = Rounds(distribution, density, *found, rounds, clock)
-                deadline, going = clock.deadline(), True
+                run = Rounds(distribution, density, *found, int(rounds or _ROUNDS), clock)
+                going, interrupted = True, False
                 try:
                     while going:
                         going = run.round(int(steps))
@@ -479,9 +438,9 @@ def train_from_density(
                     if not run.history:
                         raise
                     warn_user("the run was interrupted: the best weights so far are kept")
-                    deadline = clock.deadline_from_now()
+                    interrupted = True
             distribution.freeze()
-            return run.verdict(deadline)
+            return run.verdict(interrupted=interrupted)
 
 
 def _checked_flow(distribution: InterpolantDistribution) -> Flow:
