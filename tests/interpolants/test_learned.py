@@ -180,13 +180,6 @@ def test_a_start_without_a_size_is_saved_too(tmp_path):
         again.check_ends(2)
 
 
-def test_another_path_takes_its_place():
-    flow = InterpolantTransform(VelocityMLP(3, (8, 8)), interpolant=perturbed("network")).flow
-    flow.interpolant = Linear()
-    assert flow.interpolant == Linear()
-    assert not any(name.startswith("interpolant") for name in flow.state_dict())
-
-
 def test_a_network_computes_in_the_type_of_the_flow():
     interpolant = LearnedInterpolant(2, event_dim=2, network=(4,))
     interpolant.weight1.normal_()

@@ -4,22 +4,15 @@ import copy
 import dataclasses
 import warnings
 
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from gradients import at_a_time, flow, gradient, of_density, of_sample
 from torch import nn
 
 from pyro_interpolant import (
-    AutoInterpolant,
     ConditionalInterpolantTransform,
     FixedGrid,
-    InterpolantDistribution,
     VelocityMLP,
-    load,
-    neutra,
-    save,
 )
 from pyro_interpolant.nn.mlp import sharpness
 from pyro_interpolant.solvers import ode
@@ -146,19 +139,3 @@ def test_transforms_and_traces_take_every_stage():
     y = z.clone().requires_grad_()
     traced(y).backward()
     torch.testing.assert_close(y.grad, expected, rtol=0, atol=1e-10)
-
-
-def test_the_choice_is_saved(tmp_path):
-    transform = with_adjoint(flow(mlp((16, 16)), FixedGrid(steps=6)))
-    save(InterpolantDistribution(transform), tmp_path / "flow.pt")
-    assert load(tmp_path / "flow.pt").transform.solver == FixedGrid(6, adjoint=True)
-
-
-def test_neutra_keeps_the_solver_of_the_guide():
-    def model():
-        pyro.sample("x", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
-
-    for solver in (FixedGrid(5), FixedGrid(5, adjoint=True)):
-        guide = AutoInterpolant(model, hidden_dims=(8, 8), solver=solver)
-        guide()
-        assert neutra(guide).guide.transform.solver == guide.transform.solver == solver

@@ -12,7 +12,6 @@ from pyro_interpolant import (
     HutchinsonDivergence,
     InterpolantDistribution,
 )
-from pyro_interpolant._torch import recomputed
 
 PAIRS = {
     "rk4": (FixedGrid(6), FixedGrid(6, checkpoint=True)),
@@ -76,24 +75,6 @@ def test_torch_func_and_tracing_go_the_plain_way():
         traced = torch.jit.trace(distribution.log_prob, x, check_trace=False)
     y = torch.randn(3, 2)
     torch.testing.assert_close(traced(y), distribution.log_prob(y))
-
-
-def test_the_function_runs_again_on_the_way_back_alone():
-    calls = []
-
-    def double(x):
-        calls.append(torch.is_grad_enabled())
-        return 2 * x.square()
-
-    x = torch.ones(3, requires_grad=True)
-    y = recomputed(double)(x)
-    assert len(calls) == 1
-    y.sum().backward()
-    assert len(calls) == 2
-    assert torch.equal(x.grad, torch.full((3,), 4.0))
-    with torch.no_grad():
-        recomputed(double)(x)
-    assert len(calls) == 3
 
 
 def kept_elements(solver):

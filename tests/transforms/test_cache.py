@@ -1,7 +1,6 @@
 """The cache: no stale value, no lost gradient, no freed graph, no leak, nothing uncopyable."""
 
 import copy
-import gc
 import random
 import weakref
 from dataclasses import dataclass, field
@@ -289,7 +288,6 @@ ATTRIBUTES = {
     "array": lambda v: np.multiply(v.array, 2.0, out=v.array),
     "list": lambda v: v.options["scales"].__setitem__(1, 2.0),
     "tensor_in_a_list": lambda v: v.options["scales"][0].mul_(2.0),
-    "function": lambda v: v.options.update(function=torch.sin),
     "part": lambda v: v.layers.__setitem__(1, torch.nn.SiLU()),
     "hook": lambda v: v.layers[0].register_forward_hook(lambda module, x, out: 2 * out),
     "pre_hook": lambda v: v.register_forward_pre_hook(
@@ -463,19 +461,6 @@ def test_backward_again_and_again(use, kind, support):
     assert found[0].abs().max() > 1e-3
 
 
-@two_kinds
-def test_gradient_of_a_gradient_through_the_cache(kind):
-    d = prior(kind).freeze()
-    x = d.sample((5,)).requires_grad_()
-    for _ in range(2):
-        (score,) = torch.autograd.grad(d.log_prob(x).sum(), x, create_graph=True)
-        (second,) = torch.autograd.grad(score.square().sum(), x)
-        leaf = x.detach().clone().requires_grad_()
-        (expected,) = torch.autograd.grad(fresh(d).log_prob(leaf).sum(), leaf, create_graph=True)
-        (expected,) = torch.autograd.grad(expected.square().sum(), leaf)
-        torch.testing.assert_close(second, expected)
-
-
 # Modes
 
 
@@ -527,14 +512,6 @@ def test_frozen_inference_mode_then_not(kind):
         scale = torch.ones(()).requires_grad_()
         (scale * (outside.sum() + log_det.sum())).backward()
         torch.testing.assert_close(scale.grad, outside.sum() + log_det.sum())
-
-
-def test_inference_mode_uses_the_cache():
-    transform = FLOWS["two"](2, solver=CountingSolver())
-    d = InterpolantDistribution(transform)
-    with torch.inference_mode():
-        d.log_prob(d.sample((5,)))
-    assert transform.solver.solves == 1
 
 
 # functorch and tracing
@@ -698,19 +675,6 @@ def test_states_die_after_five_newer_entries_and_with_clear_cache(frozen, backwa
     assert transform.solver.alive() == 0
 
 
-def test_a_distribution_forgets_all():
-    transform = watched()
-    d = InterpolantDistribution(transform, support=constraints.positive)
-    x = d.rsample((5,))
-    reference = weakref.ref(x)
-    d.log_prob(x)
-    del x
-    assert reference() is not None
-    d.clear_cache()
-    assert reference() is None
-    assert transform.solver.alive() == 0
-
-
 def test_training_steps_do_not_accumulate():
     transform = watched()
     d = InterpolantDistribution(transform, support=constraints.simplex)
@@ -722,17 +686,6 @@ def test_training_steps_do_not_accumulate():
         optimizer.step()
         del x, log_prob
         assert transform.solver.alive() <= 4
-
-
-@pytest.mark.slow
-def test_a_transform_is_collected_with_its_cache():
-    transform = watched()
-    solver = transform.solver
-    y = transform(torch.randn(5, 2).requires_grad_())
-    transform.log_abs_det_jacobian(torch.randn(5, 2), y)
-    del transform, y
-    gc.collect()
-    assert solver.alive() == 0
 
 
 # Copies
@@ -748,74 +701,53 @@ def transform_used(kind):
 
 def view_used(kind):
     view = flow(kind, steps=2, context_dim=3).condition(torch.randn(5, 3))
-    y = view(torch.randn(5, 2).requires_grad_())
-    view.inv(y)
-    view.inv(torch.randn(5, 2))
+    view.inv(view(torch.randn(5, 2).requires_grad_()))
     return view
 
 
-def distribution_used(d):
+def distribution_used(kind):
+    d = prior(kind, steps=2, support="positive").expand((5,))
     d.rsample_and_log_prob((5,))
     d.log_prob(d.sample((5,)))
     return d
 
 
-def compose_used(kind):
-    chain = dist.transforms.ComposeTransformModule(
-        [flow(kind, steps=2), flow(kind, steps=2)], cache_size=1
-    )
+def composition_used(kind):
+    chain = dist.transforms.ComposeTransformModule([transform_used(kind)] * 2, cache_size=1)
     chain.log_abs_det_jacobian(torch.randn(5, 2), chain(torch.randn(5, 2)))
     return chain
 
 
-def image(transform, x):
-    return transform(x)
-
-
-def density(distribution, x):
-    return distribution.log_prob(x)
-
-
 USED = {
-    "transform": (transform_used, image),
-    "inverse": (lambda k: transform_used(k).inv, image),
-    "at": (lambda k: transform_used(k).at(0.4), image),
-    "view": (view_used, image),
-    "inverse_view": (lambda k: view_used(k).inv, image),
-    "composition": (compose_used, image),
-    "family": (
-        lambda k: flow(k, steps=2, context_dim=3),
-        lambda f, x: f.condition(x[:, [0, 1, 0]])(x),
-    ),
-    "distribution": (lambda k: distribution_used(prior(k, steps=2)), density),
-    "expanded": (
-        lambda k: distribution_used(prior(k, steps=2, support="positive").expand((5,))),
-        lambda d, x: d.log_prob(x.abs()),
-    ),
-    "given": (lambda k: distribution_used(InterpolantDistribution(view_used(k))), density),
-    "conditional_distribution": (
-        lambda k: ConditionalInterpolantDistribution(flow(k, steps=2, context_dim=3)),
-        lambda d, x: d.condition(x[:, [0, 1, 0]]).log_prob(x),
-    ),
+    "transform": transform_used,
+    "inverse": lambda kind: transform_used(kind).inv,
+    "at": lambda kind: transform_used(kind).at(0.4),
+    "view": view_used,
+    "inverse view": lambda kind: view_used(kind).inv,
+    "composition": composition_used,
+    "distribution": distribution_used,
+    "given": lambda kind: InterpolantDistribution(view_used(kind)),
 }
 
 
 @pytest.mark.parametrize("what", USED)
 def test_copies_after_use(what):
     """Each way of copying, of networks in turn."""
-    make, evaluate = USED[what]
-    for i, how in enumerate(EVERY_COPY, list(USED).index(what)):
-        original = make(["two", "three", "own"][i % 3])
-        x = torch.randn(5, 2)
-        before = evaluate(original, x)
-        twin = EVERY_COPY[how](original)
+    for i, (name, way) in enumerate(EVERY_COPY.items(), list(USED).index(what)):
+        original, x = USED[what](["two", "three", "own"][i % 3]), torch.rand(5, 2)
+
+        def evaluate(holder, x=x):
+            return holder.log_prob(x) if hasattr(holder, "log_prob") else holder(x)
+
+        before = evaluate(original)
+        twin = way(original)
         assert twin is not original
         assert type(twin) is type(original)
-        value = evaluate(twin, x)
-        torch.testing.assert_close(value, before, rtol=0, atol=0, msg=how)
+        value = evaluate(twin)
+        torch.testing.assert_close(value, before, rtol=0, atol=0, msg=name)
         assert value.requires_grad
         value.sum().backward()
-        torch.testing.assert_close(evaluate(original, x), before, rtol=0, atol=0, msg=how)
+        torch.testing.assert_close(evaluate(original), before, rtol=0, atol=0, msg=name)
 
 
 def test_copied_weights_are_apart_but_one_copy_is_whole():
@@ -901,10 +833,8 @@ def test_large_weights_are_not_copied_and_every_change_of_them_is_seen(dtype):
 
 MOVING = {
     "half line": lambda low, high: constraints.greater_than(low),
-    "interval": constraints.interval,
     "half open": constraints.half_open_interval,
     "one bound": lambda low, high: constraints.interval(low, 9.0),
-    "independent": lambda low, high: constraints.independent(constraints.interval(low, high), 1),
     "stack": lambda low, high: constraints.stack(
         [constraints.interval(low[0], high[0]), constraints.interval(1.0, high[1])], -1
     ),

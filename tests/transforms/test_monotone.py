@@ -127,48 +127,12 @@ def test_quantiles_of_very_many_are_those_of_each(own):
     assert torch.equal(x[:, 0].argsort(), q.argsort())
 
 
-@pytest.mark.slow
-def test_a_staircase_of_very_many_values_is_seen(own):
-    d = given("near-discrete", torch.linspace(-1, 1, 10)[:, None])
-    d.transform.velocity.strength.fill_(2.0)
-    q = torch.rand(2000, 10)
-    x, alone = d.icdf(q), own(lambda: d.icdf(q))
-    assert not torch.equal(x, alone)
-    assert error(d, x, alone)[0] < 1e-3
-    assert (x.gather(0, q.argsort(0)).diff(dim=0) >= 0).all()
-
-
-def test_an_order_that_is_noise_is_solved_for():
-    def noisy(w, owner):
-        return torch.tanh(50 * w) + 1e-4 * torch.sin(1e7 * w)
-
-    w = torch.randn(1, 3000)
-    found = monotone._by_spline(noisy, w, lambda w: torch.logit(torch.special.ndtr(w)))
-    torch.testing.assert_close(found, noisy(w[0], None), rtol=0, atol=2e-3)
-
-
 def test_far_tails_are_as_good_in_proportion(own):
     d = given("heavy tails", torch.tensor([[0.0], [1.0]]))
     q = torch.special.ndtr(torch.linspace(-6, 3, 200))[:, None].expand(200, 2)
     x, alone = d.icdf(q), own(lambda: d.icdf(q))
     assert not torch.equal(x, alone)
     torch.testing.assert_close(d.cdf(x), d.cdf(alone), rtol=1e-3, atol=0)
-
-
-@pytest.mark.slow
-def test_draws_given_contexts_are_those_of_each(own):
-    d = given("two modes", torch.tensor([[[-1.0], [0.0], [0.5]], [[1.0], [2.0], [-2.0]]]))
-
-    def draw():
-        torch.manual_seed(1)
-        return d.sample((200,))
-
-    x, alone = draw(), own(draw)
-    assert x.shape == (200, 2, 3)
-    assert not torch.equal(x, alone)
-    assert max(error(d, x, alone)) < 1e-3
-    torch.manual_seed(1)
-    torch.testing.assert_close(d.rsample((200,)), alone)
 
 
 def test_derivatives_are_those_of_each_value(own):

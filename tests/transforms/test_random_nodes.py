@@ -111,23 +111,20 @@ def test_no_likelihood_above_the_truth(name, training):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "solver", [FixedGrid(4), Adaptive(rtol=1e-3, atol=1e-3, nodes=4)], ids=["grid", "adaptive"]
-)
-def test_a_solver_of_few_nodes_trains_at_more(solver):
+def test_a_solver_of_few_nodes_trains_at_more():
     start, _, calibrated = train(
-        Banana, maximum_likelihood, 150, 2000, solver, batch_size=64, looks=()
+        Banana, maximum_likelihood, 150, 1000, FixedGrid(4), batch_size=64, looks=()
     )
     assert start + 0.5 < calibrated < 0.05
 
 
-@pytest.mark.slow
-def test_the_log_determinant_is_unbiased():
+@pytest.mark.parametrize("solver", [FixedGrid(12), Adaptive(nodes=12)], ids=["grid", "adaptive"])
+def test_the_log_determinant_is_unbiased(solver):
     flow, x = random_flow(2), torch.randn(5, 2)
     flow.solver = FixedGrid(64)
     with torch.no_grad():
         exact = flow.log_abs_det_jacobian(x, flow(x))
-    flow.solver = FixedGrid(12)
+    flow.solver = solver
     estimates = []
     for _ in range(60):
         with torch.no_grad():  # too little to change the density, enough for other nodes

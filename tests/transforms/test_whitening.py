@@ -1,7 +1,6 @@
 """The map y = loc + L w, for every member: against its matrix, and inside a flow."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ from pyro_interpolant import (
     InterpolantDistribution,
     InterpolantTransform,
     VelocityMLP,
-    load,
-    save,
 )
 from pyro_interpolant.transforms import DenseWhitening
 
@@ -115,17 +112,6 @@ def test_a_map_that_cannot_be_is_refused_and_changes_nothing(name):
 
 
 @every_member
-def test_a_copy_is_equal_and_apart(name):
-    map_, y = whitening(name), torch.randn(5, 3)
-    expected = map_.to_white(y)
-    for other in (copy.deepcopy(map_), pickle.loads(pickle.dumps(map_))):
-        assert torch.equal(other.to_white(y), expected)
-        other.set(map_.loc + 1, 2 * map_.linear)
-        assert torch.equal(map_.to_white(y), expected)
-        assert not torch.equal(other.to_white(y), expected)
-
-
-@every_member
 def test_it_moves_to_another_type_and_device(name):
     map_, y = whitening(name), torch.randn(5, 3)
     expected = map_.to_white(y)
@@ -188,15 +174,6 @@ def test_a_flow_has_the_density_of_the_dense_flow_of_the_same_matrix(name):
     torch.testing.assert_close(here.log_prob(y), there.log_prob(y))
     torch.testing.assert_close(here.at(0.0).log_prob(y), there.at(0.0).log_prob(y))
     torch.testing.assert_close(here.at(0.4).score(y), there.at(0.4).score(y))
-
-
-@every_member
-def test_a_file_keeps_the_member(name, tmp_path):
-    distribution, y = InterpolantDistribution(flow_with(name)), torch.randn(5, 2)
-    save(distribution, tmp_path / "flow.safetensors")
-    again = load(tmp_path / "flow.safetensors")
-    assert type(again.transform.flow.whitening) is WHITENINGS[name][0]
-    assert torch.equal(again.log_prob(y), distribution.log_prob(y))
 
 
 class Still(nn.Module):
