@@ -206,12 +206,13 @@ def subject(kind, support, conditioned):
 def test_programs_of_changes_modes_copies_and_edits_agree_with_an_uncached_twin(
     kind, support, conditioned
 ):
-    """Each change once, in a random order, each in a random mode, now and then of a copy."""
-    choose = random.Random(PROGRAMS.index((kind, support, conditioned)))
+    """Half of the changes, each in a random mode, now and then of a copy; all in two programs."""
+    number = PROGRAMS.index((kind, support, conditioned))
+    choose, changes = random.Random(number), sorted(CHANGES)
+    random.Random(number // 2).shuffle(changes)
     d = subject(kind, support, conditioned)
-    changes = [c for c in CHANGES if conditioned or "context" not in c]
+    changes = [c for c in changes[number % 2 :: 2] if conditioned or "context" not in c]
     changes = [c for c in changes if hasattr(d.transform.velocity, "reach") or c != "gate"]
-    choose.shuffle(changes)
     start = copy.deepcopy(d.transform.flow.state_dict())
     context = copy.deepcopy(d.transform.raw_context)
     for change in changes:
@@ -433,29 +434,15 @@ def test_backward_then_log_abs_det_jacobian(kind, inverse, needs_grad):
 
 
 @pytest.mark.parametrize(
-    ("use", "kind", "support"),
-    [
-        ("rsample", "two", "simplex"),
-        ("sample", "own", "real"),
-        ("observed", "three", "positive"),
-        ("leaf", "own", "simplex"),
-    ],
+    ("use", "kind", "support"), [("rsample", "two", "simplex"), ("leaf", "own", "positive")]
 )
 def test_backward_again_and_again(use, kind, support):
     d = prior(kind, support=support)
-    x = d.sample((5,))
-    found = []
+    x, found = d.sample((5,)).requires_grad_(), []
     for _ in range(3):
         torch.manual_seed(3)
-        if use == "rsample":
-            value = sum(s.sum() for s in d.rsample_and_log_prob((5,)))
-        elif use == "sample":
-            value = d.log_prob(d.sample((5,))).sum()
-        else:
-            value = d.log_prob(x.requires_grad_(use == "leaf")).sum()
-        d.transform.zero_grad()
-        value.backward()
-        found.append(torch.cat([p.grad.flatten() for p in d.transform.parameters()]))
+        parts = d.rsample_and_log_prob((5,)) if use == "rsample" else [d.log_prob(x)]
+        found.append(gradients(d.transform, sum(part.sum() for part in parts)))
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(found[0], found[2])
     assert found[0].abs().max() > 1e-3
@@ -582,17 +569,6 @@ def test_tangents_are_those_of_this_call(kind):
         tangent.copy_(along)  # as gradcheck does, number by number
         found = forward_ad.unpack_dual(transform(dual)).tangent
     torch.testing.assert_close(found, expected)
-
-
-def test_vmap_leaves_nothing_behind():
-    d = prior("own").freeze()
-    x = d.sample((5,))
-    expected = d.log_prob(x)
-    torch.func.vmap(d.log_prob)(x)
-    torch.func.vmap(torch.func.grad(d.log_prob))(x)
-    torch.testing.assert_close(d.log_prob(x), expected)
-    assert not torch._C._functorch.is_functorch_wrapped_tensor(d.log_prob(x))
-    copy.deepcopy(d)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace")

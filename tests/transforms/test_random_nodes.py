@@ -113,12 +113,14 @@ def test_no_likelihood_above_the_truth(name, training):
 @pytest.mark.slow
 def test_a_solver_of_few_nodes_trains_at_more():
     start, _, calibrated = train(
-        Banana, maximum_likelihood, 150, 1000, FixedGrid(4), batch_size=64, looks=()
+        Banana, maximum_likelihood, 100, 1000, FixedGrid(4), batch_size=64, looks=()
     )
     assert start + 0.5 < calibrated < 0.05
 
 
-@pytest.mark.parametrize("solver", [FixedGrid(12), Adaptive(nodes=12)], ids=["grid", "adaptive"])
+@pytest.mark.parametrize(
+    "solver", [FixedGrid(12), Adaptive(rtol=1e-4, atol=1e-4, nodes=12)], ids=["grid", "adaptive"]
+)
 def test_the_log_determinant_is_unbiased(solver):
     flow, x = random_flow(2), torch.randn(5, 2)
     flow.solver = FixedGrid(64)
@@ -126,7 +128,7 @@ def test_the_log_determinant_is_unbiased(solver):
         exact = flow.log_abs_det_jacobian(x, flow(x))
     flow.solver = solver
     estimates = []
-    for _ in range(60):
+    for _ in range(40):
         with torch.no_grad():  # too little to change the density, enough for other nodes
             flow.velocity.output.weight.mul_(1 + 1e-9)
         estimates.append(flow.log_abs_det_jacobian(x, flow(x)).detach())
