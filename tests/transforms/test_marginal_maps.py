@@ -143,6 +143,15 @@ def test_float32_in_any_unit(name, unit):
     assert (slope > 0).all()
 
 
+def test_many_rows_are_mapped_in_parts(monkeypatch):
+    x, transform = made("lognormal")
+    whole = transform.inv(x), transform(x), transform.log_slope(x.reshape(50, 100, 2))
+    monkeypatch.setattr(gaussianize, "_VALUES_AT_ONCE", 200)
+    parts = transform.inv(x), transform(x), transform.log_slope(x.reshape(50, 100, 2))
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_few_rows_have_no_knots():
     assert marginal_transform(torch.randn(399, 2)) is None
 
