@@ -2,12 +2,11 @@ import copy
 
 import pytest
 import torch
-from cases import random_flow, slow_but
+from cases import random_flow
 from oracles import random_mixture
 from torch import nn
 
 from pyro_interpolant import (
-    ConditionalInterpolantDistribution,
     ExactDivergence,
     FixedGrid,
     HutchinsonDivergence,
@@ -60,21 +59,9 @@ class Planes(nn.Module):
 SCALE, SHIFT = (0.5, 2.0, -1.5), (0.3, -0.2, 1.0)
 
 
-def torch_layer_norm(h):
-    weight, bias = h.new_tensor((*SCALE, 1.0)), h.new_tensor((*SHIFT, 0.0))
-    each = h.new_tensor(SCALE)[:, None]
-    return torch.layer_norm(h, (3, 4), each * weight, each + bias)
-
-
 def torch_group_norm(h):
     h = h.transpose(1, 2).contiguous().transpose(1, 2)  # its tangents have another layout
     return torch.group_norm(h, 3, h.new_tensor(SCALE), bias=h.new_tensor(SHIFT))
-
-
-def torch_instance_norm(h):
-    parts = h.new_tensor(SCALE), h.new_tensor(SHIFT), None, None
-    options = {"use_input_stats": True, "momentum": 0.1, "eps": 1e-5, "cudnn_enabled": False}
-    return torch.instance_norm(h, *parts, **options)
 
 
 class Attending(nn.Module):
@@ -110,9 +97,7 @@ def mlp(hidden_dims, context_dim=0, reach=None):
 
 
 NETWORKS = {
-    "one": lambda c: mlp((16,), c),
     "two": lambda c: mlp((16, 12), c),
-    "three": lambda c: mlp((16, 12, 8), c),
     "residual": lambda c: mlp((16, 16, 16), c),
     "four": lambda c: mlp((16, 12, 12, 12), c),
     "one gated": lambda c: mlp((16,), c, 1.5),
@@ -125,9 +110,7 @@ NETWORKS = {
     "own kept statistics": lambda c: Own(
         DIM, c, Planes(nn.InstanceNorm1d(3, track_running_stats=True).eval())
     ),
-    "torch.layer_norm": lambda c: Own(DIM, c, Planes(torch_layer_norm)),
     "torch.group_norm": lambda c: Own(DIM, c, Planes(torch_group_norm)),
-    "torch.instance_norm": lambda c: Own(DIM, c, Planes(torch_instance_norm)),
     "own attention": lambda c: Own(DIM, c, Attending()),
     "own heads of attention": lambda c: Own(DIM, c, Heads()),
 }
@@ -151,59 +134,45 @@ def trace(velocity, t, x, context=None):
     return torch.stack(values).reshape(shape)
 
 
-@pytest.mark.parametrize("context_dim", [0, CONTEXT])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str
-)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_exact_is_the_trace_of_the_jacobian(name, dtype, tolerance, context_dim):
-    velocity = NETWORKS[name](context_dim).to(dtype)
-    x = torch.randn(5, DIM, dtype=dtype)
-    t = torch.rand(5, dtype=dtype)
-    context = torch.randn(5, context_dim, dtype=dtype) if context_dim else None
-    value = ExactDivergence()(velocity, t, x, context)
-    truth = trace(velocity, t, x, context)
-    assert value.dtype == dtype
-    assert truth.abs().min() > 100 * tolerance
-    scale = float(truth.abs().max().clamp(min=1))
-    torch.testing.assert_close(value, truth, rtol=0, atol=tolerance * scale)
+def test_exact_is_the_trace_of_the_jacobian(name):
+    """In both types, with times, contexts and rows of every shape that broadcasts."""
+    for dtype, tolerance, context_dim in ((torch.float32, 1e-5, CONTEXT), (None, 1e-10, 0)):
+        velocity = NETWORKS[name](context_dim).to(dtype or torch.float64)
+        x, t = torch.randn(5, DIM, dtype=dtype), torch.rand(5, dtype=dtype)
+        context = torch.randn(5, context_dim, dtype=dtype) if context_dim else None
+        value = ExactDivergence()(velocity, t, x, context)
+        truth = trace(velocity, t, x, context)
+        assert value.dtype == x.dtype
+        assert truth.abs().min() > 100 * tolerance
+        scale = float(truth.abs().max().clamp(min=1))
+        torch.testing.assert_close(value, truth, rtol=0, atol=tolerance * scale)
+    for times, shape in [((), ()), ((), (5,)), ((2, 3), (2, 3)), ((4, 1), (4, 6))]:
+        x, t = torch.randn(*shape, DIM), torch.rand(times)
+        assert HutchinsonDivergence(2)(velocity, t, x, None).shape == shape
+        torch.testing.assert_close(ExactDivergence()(velocity, t, x, None), trace(velocity, t, x))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize(
-    ("times", "shape"),
-    [((), ()), ((), (5,)), ((5,), (5,)), ((2, 3), (2, 3)), ((), (2, 3)), ((4, 1), (4, 6))],
-)
-def test_any_batch_shape(name, times, shape):
-    velocity = NETWORKS[name](0)
-    x, t = torch.randn(*shape, DIM), torch.rand(times)
-    for divergence in (ExactDivergence(), HutchinsonDivergence(2)):
-        assert divergence(velocity, t, x, None).shape == shape
-    torch.testing.assert_close(ExactDivergence()(velocity, t, x, None), trace(velocity, t, x))
+@pytest.mark.parametrize("name", ["residual gated", "own"])
+def test_contexts_broadcast_over_times_and_rows(name):
+    velocity, x, t = NETWORKS[name](CONTEXT), torch.randn(4, 6, DIM), torch.rand(4, 1)
+    for shape in [(CONTEXT,), (6, CONTEXT), (4, 6, CONTEXT)]:
+        context = torch.randn(shape)
+        value = ExactDivergence()(velocity, t, x, context)
+        torch.testing.assert_close(value, trace(velocity, t, x, context))
 
 
-@pytest.mark.parametrize("name", ["two", "residual gated", "own"])
-@pytest.mark.parametrize("context_shape", [(CONTEXT,), (6, CONTEXT), (4, 6, CONTEXT)])
-def test_contexts_broadcast_over_times_and_rows(name, context_shape):
-    velocity = NETWORKS[name](CONTEXT)
-    x, t, context = torch.randn(4, 6, DIM), torch.rand(4, 1), torch.randn(context_shape)
-    value = ExactDivergence()(velocity, t, x, context)
-    torch.testing.assert_close(value, trace(velocity, t, x, context))
-
-
-@pytest.mark.parametrize("dim", [1, 2, 7, 40])
-def test_exact_at_every_event_size(dim):
-    velocity = VelocityMLP(dim, (16, 16, 16))
-    nn.init.normal_(velocity.output.weight)
-    x, t = torch.randn(3, dim), torch.tensor(0.4)
-    torch.testing.assert_close(ExactDivergence()(velocity, t, x, None), trace(velocity, t, x))
-
-
-def test_a_stride_zero_state_is_no_problem():
-    velocity = Own(DIM)
-    row = torch.randn(DIM)
-    value = ExactDivergence()(velocity, torch.tensor(0.3), row.expand(4, DIM), None)
-    torch.testing.assert_close(value, trace(velocity, torch.tensor(0.3), row).expand(4))
+def test_every_event_size():
+    for dim in (1, 2, 40):
+        velocity = VelocityMLP(dim, (16, 16, 16))
+        nn.init.normal_(velocity.output.weight)
+        x, t = torch.randn(3, dim), torch.tensor(0.4)
+        truth = trace(velocity, t, x)
+        torch.testing.assert_close(ExactDivergence()(velocity, t, x, None), truth)
+        first = HutchinsonDivergence(2, seed=5)(velocity, t, x, None)
+        assert torch.equal(first, HutchinsonDivergence(2, seed=5)(velocity, t, x, None))
+        other = HutchinsonDivergence(2, seed=6)(velocity, t, x, None)
+        assert torch.allclose(first, other) == (dim == 1)  # where all signs give the same
 
 
 class Diagonal(nn.Module):
@@ -218,7 +187,7 @@ def test_hutchinson_is_exact_for_diagonal_jacobians():
         torch.testing.assert_close(value, (x.cos() + 2 * x).sum(-1))
 
 
-@pytest.mark.parametrize("name", ["two", "residual gated", "own"])
+@pytest.mark.parametrize("name", ["two", "own"])
 def test_many_probes_converge_to_the_trace_within_the_standard_error(name):
     velocity = NETWORKS[name](0)
     x, t = torch.randn(4, DIM), torch.tensor(0.6)
@@ -234,35 +203,16 @@ def test_many_probes_converge_to_the_trace_within_the_standard_error(name):
     torch.testing.assert_close(few, samples.std(0), rtol=0.6, atol=0)
 
 
-@pytest.mark.parametrize("dim", [1, 2, 9, 30])
-def test_hutchinson_at_every_event_size(dim):
-    velocity = VelocityMLP(dim, (8, 8))
-    nn.init.normal_(velocity.output.weight)
-    x, t = torch.randn(3, dim), torch.tensor(0.5)
-    first = HutchinsonDivergence(2, seed=5)(velocity, t, x, None)
-    assert first.shape == (3,)
-    assert torch.equal(first, HutchinsonDivergence(2, seed=5)(velocity, t, x, None))
-    if dim > 2:
-        other = HutchinsonDivergence(2, seed=6)(velocity, t, x, None)
-        assert not torch.allclose(first, other)
-
-
-def test_hutchinson_leaves_the_global_generator_alone_and_does_not_read_it():
-    flow = random_flow(5, divergence=HutchinsonDivergence(1, seed=12345))
-    distribution, x = InterpolantDistribution(flow), torch.randn(4, 5)
+def test_probes_are_shared_by_rows_and_leave_the_global_generator_alone():
+    flow = random_flow(4, divergence=HutchinsonDivergence(1, seed=12345))
+    distribution, row = InterpolantDistribution(flow), torch.randn(4)
     state = torch.get_rng_state()
-    first = distribution.log_prob(x)
+    first = distribution.log_prob(row.repeat(3, 1))
     assert torch.equal(state, torch.get_rng_state())
+    torch.testing.assert_close(first, first[:1].expand(3), rtol=1e-12, atol=1e-12)
     torch.manual_seed(99)
     distribution.clear_cache()
-    assert torch.equal(first, distribution.log_prob(x))
-
-
-def test_probes_are_shared_by_rows():
-    flow = random_flow(4, divergence=HutchinsonDivergence(1))
-    row = torch.randn(4)
-    values = InterpolantDistribution(flow).log_prob(row.repeat(3, 1))
-    torch.testing.assert_close(values, values[:1].expand(3), rtol=1e-12, atol=1e-12)
+    assert torch.equal(first, distribution.log_prob(row.repeat(3, 1)))
 
 
 def test_hutchinson_log_prob_is_the_same_after_expand_copy_and_at():
@@ -281,35 +231,27 @@ def test_hutchinson_log_prob_is_the_same_after_expand_copy_and_at():
     assert torch.equal(distribution.to_event(0).log_prob(x), value)
 
 
-def test_hutchinson_log_prob_is_the_same_for_every_condition_of_one_context():
-    flow = random_flow(4, context_dim=2, divergence=HutchinsonDivergence(2, seed=7))
-    distribution, context = ConditionalInterpolantDistribution(flow), torch.randn(2)
-    x = torch.randn(6, 4)
-    value = distribution.condition(context).log_prob(x)
-    assert torch.equal(distribution.condition(context.clone()).log_prob(x), value)
-    assert torch.equal(copy.deepcopy(distribution).condition(context).log_prob(x), value)
-    assert torch.equal(distribution.condition(context).expand((6,)).log_prob(x), value)
-    by_row = distribution.condition(context.expand(6, 2)).log_prob(x)
-    torch.testing.assert_close(by_row, value, rtol=0, atol=1e-12)
-
-
-def test_the_mixture_oracle_through_torch_func():
+def test_the_mixture_oracle_and_states_of_stride_zero():
     velocity = random_mixture(3, Linear())
-    x, t = torch.randn(5, 3), torch.rand(5)
-    torch.testing.assert_close(ExactDivergence()(velocity, t, x, None), trace(velocity, t, x))
+    for x, t in (
+        (torch.randn(5, 3), torch.rand(5)),
+        (torch.randn(3).expand(4, 3), torch.rand(())),
+    ):
+        torch.testing.assert_close(ExactDivergence()(velocity, t, x, None), trace(velocity, t, x))
 
 
-@pytest.mark.parametrize("divergence", [ExactDivergence(), HutchinsonDivergence(2)])
 @pytest.mark.parametrize(
-    "name",
-    slow_but(
-        ["two gated", "residual", "own", "own layer norm", "own group norm"]
-        + ["own instance norm", "own kept statistics"]
-        + ["torch.layer_norm", "torch.group_norm", "torch.instance_norm"],
-        "two gated",
-        "own",
-        "own kept statistics",
-    ),
+    ("name", "divergence"),
+    [
+        ("two gated", HutchinsonDivergence(2)),
+        ("own", ExactDivergence()),
+        ("own kept statistics", ExactDivergence()),
+        pytest.param("residual", ExactDivergence(), marks=pytest.mark.slow),
+        pytest.param("own layer norm", ExactDivergence(), marks=pytest.mark.slow),
+        pytest.param("own group norm", ExactDivergence(), marks=pytest.mark.slow),
+        pytest.param("own instance norm", HutchinsonDivergence(2), marks=pytest.mark.slow),
+        pytest.param("torch.group_norm", ExactDivergence(), marks=pytest.mark.slow),
+    ],
 )
 def test_the_divergence_has_gradients_of_first_and_second_order(name, divergence):
     velocity = NETWORKS[name](0)
@@ -319,32 +261,6 @@ def test_the_divergence_has_gradients_of_first_and_second_order(name, divergence
     divergence(velocity, t, x, None).sum().backward()
     weights = velocity.last if isinstance(velocity, Own) else velocity.output
     assert weights.weight.grad.abs().max() > 0
-
-
-def test_a_velocity_of_ones_own_and_the_closed_form_give_one_density():
-    class Wrapped(nn.Module):
-        """The default network without its closed form."""
-
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, t, x, context=None):
-            return self.inner(t, x)
-
-    flow = random_flow(3)
-    other = InterpolantTransform(Wrapped(flow.velocity), 3, solver=flow.solver)
-    other.flow.whitening.set(flow.flow.loc, flow.flow.whitening.linear)
-    x = torch.randn(6, 3)
-    torch.testing.assert_close(
-        InterpolantDistribution(other).log_prob(x), InterpolantDistribution(flow).log_prob(x)
-    )
-
-
-@pytest.mark.parametrize("probes", [0, -1])
-def test_fewer_than_one_probe_is_refused(probes):
-    with pytest.raises(ValueError, match=f"probes >= 1, a whole number, got {probes}"):
-        HutchinsonDivergence(probes)
 
 
 class Joined(nn.Module):
@@ -372,7 +288,8 @@ def test_a_divergence_of_ones_own_is_given_times_of_all_rows():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")
 def test_a_compiled_density_has_the_same_probes():
-    flow = random_flow(3, divergence=HutchinsonDivergence(2, seed=7), solver=FixedGrid(2))
+    choices = {"divergence": HutchinsonDivergence(2, seed=7), "solver": FixedGrid(1, "euler")}
+    flow = random_flow(3, (8,), **choices)
     distribution, x = InterpolantDistribution(flow).freeze(), torch.randn(4, 3)
     compiled = torch.compile(distribution.log_prob, backend="eager")
     torch.testing.assert_close(compiled(x), distribution.log_prob(x.clone()))

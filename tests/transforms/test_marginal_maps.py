@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -15,7 +14,6 @@ from scipy.interpolate import PchipInterpolator
 from torch.distributions import biject_to, transform_to
 
 from pyro_interpolant import (
-    Adaptive,
     InterpolantDistribution,
     base_space,
     denoiser,
@@ -29,7 +27,6 @@ from pyro_interpolant import (
     w2_bound,
 )
 from pyro_interpolant.diffusion import sde_log_prob
-from pyro_interpolant.plotting.flows import _velocity
 from pyro_interpolant.training.preprocessing import marginal_transform, radial_transform
 from pyro_interpolant.transforms import gaussianize
 from pyro_interpolant.transforms.gaussianize import Gaussianized
@@ -83,7 +80,7 @@ def test_columns_become_normal(name):
 
 
 @columns
-def test_it_is_a_monotone_bijection_on_all_reals(name):
+def test_it_is_a_monotone_bijection_with_the_log_determinant_of_autograd(name):
     x, transform = made(name)
     low, high = x[:, 0].min(), x[:, 0].max()
     line = torch.linspace(-1, 2, 4001)[:, None] * (high - low) + low
@@ -93,11 +90,6 @@ def test_it_is_a_monotone_bijection_on_all_reals(name):
     assert torch.allclose(transform(y), line, rtol=1e-9, atol=1e-9 * float(line.abs().max()))
     normal = torch.linspace(-30, 30, 4001)[:, None].expand(-1, 2).clone()
     assert (transform(normal).diff(dim=0) >= 0).all()
-
-
-@columns
-def test_the_log_determinant_is_that_of_autograd(name):
-    x, transform = made(name)
     x = torch.cat((x[:200], transform.knots[0].T, 3 * x[:20] - 1)).requires_grad_()
     y = transform.inv(x)
     slope = torch.autograd.grad(y.sum(), x)[0]
@@ -108,24 +100,20 @@ def test_the_log_determinant_is_that_of_autograd(name):
     assert torch.allclose(slope.log(), -transform.log_slope(x), atol=1e-4)
 
 
-def test_derivatives_of_every_kind():
+def test_second_derivatives_and_shapes():
     x, transform = made("lognormal")
     few = x[:5].clone().requires_grad_()
-    assert torch.autograd.gradcheck(transform.inv, few)
-    assert torch.autograd.gradcheck(transform, transform.inv(few).detach().requires_grad_())
     assert torch.autograd.gradcheck(transform.log_slope, few)
-    batched = torch.func.vmap(torch.func.jacrev(transform))(x[:5])
-    slopes = batched.diagonal(dim1=1, dim2=2).log()
-    assert torch.allclose(slopes, -transform.log_slope(transform(x[:5])))
+    assert torch.autograd.gradgradcheck(transform, transform.inv(few).detach().requires_grad_())
     batched = torch.func.vmap(torch.func.jacrev(transform.inv))(x[:5])
     assert torch.allclose(batched.diagonal(dim1=1, dim2=2).log(), transform.log_slope(x[:5]))
-    for shape in ((2,), (0, 2), (5, 1, 2), (2, 3, 4, 2)):
+    for shape in ((2,), (0, 2), (5, 1, 2)):
         y = torch.randn(shape)
         assert transform(y).shape == transform.inv(y).shape == shape
         assert transform.log_abs_det_jacobian(y, transform(y)).shape == shape[:-1]
 
 
-@columns
+@pytest.mark.parametrize("name", ["slab", "binary", "far away"])
 def test_float32_may_not_tell_knots_apart(name):
     x, transform = made(name)
     y = transform.inv(x.float())
@@ -136,11 +124,10 @@ def test_float32_may_not_tell_knots_apart(name):
     assert torch.allclose(transform.inv(transform(y)), y, atol=0.3 if name == "far away" else 1e-2)
 
 
-@columns
-@pytest.mark.parametrize("unit", [1e-30, 1e30])
+@pytest.mark.parametrize(
+    ("name", "unit"), [("lognormal", 1e-30), ("modes", 1e30), ("slab", 1e30), ("uniform", 1e-30)]
+)
 def test_float32_in_any_unit(name, unit):
-    if name == "far away" or (name in ("uniform", "cauchy") and unit > 1):
-        pytest.skip("beyond float32 itself")
     x, _ = made(name)
     exact = marginal_transform(x)
     scaled = marginal_transform(unit * x)
@@ -165,37 +152,22 @@ def test_many_rows_are_mapped_in_parts(monkeypatch):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("count", [1, 50, 399])
-def test_few_rows_have_no_knots(count):
-    assert marginal_transform(torch.randn(count, 2)) is None
+def test_few_rows_have_no_knots():
+    assert marginal_transform(torch.randn(399, 2)) is None
 
 
-def test_columns_need_not_have_the_same_knots():
-    x = torch.cat((torch.randn(1000, 1), (torch.rand(1000, 1) < 0.5).double()), -1)
-    first, second, slopes = marginal_transform(x).knots
-    assert first.shape == second.shape == slopes.shape == (2, 10)
-    for part in (first, second):
-        assert (part.diff() > 0).all()
-    assert (slopes > 0).all()
-
-
-@pytest.mark.parametrize("support", [constraints.real_vector, constraints.positive], ids=str)
-def test_the_support_is_the_one_it_stands_for(support):
+def test_the_support_is_the_one_it_stands_for():
     x = torch.randn(1000, 2)
-    found = Gaussianized(support, marginal_transform(x))
-    inside, outside = biject_to(support)(x), x
-    assert torch.equal(found.check(inside), support.check(inside))
-    assert torch.equal(found.check(outside), support.check(outside))
-    for registry in (biject_to, transform_to):
-        y = registry(found)(torch.randn(7, 2))
-        assert support.check(y).all()
-    assert "columns made normal" in repr(found)
+    for support in (constraints.real_vector, constraints.positive):
+        found = Gaussianized(support, marginal_transform(x))
+        inside = biject_to(support)(x)
+        assert torch.equal(found.check(inside), support.check(inside))
+        assert torch.equal(found.check(x), support.check(x))
+        for registry in (biject_to, transform_to):
+            assert support.check(registry(found)(torch.randn(7, 2))).all()
 
 
 charts = pytest.mark.parametrize("make", [marginal_transform, radial_transform])
-one_chart = pytest.mark.parametrize(
-    "make", [marginal_transform, pytest.param(radial_transform, marks=pytest.mark.slow)]
-)
 
 
 def drawn(make, seed=3):
@@ -207,29 +179,22 @@ def drawn(make, seed=3):
 
 
 @charts
-@pytest.mark.parametrize("size", [1, 3])
-def test_a_part_of_a_row_has_no_map(make, size):
+def test_a_part_of_a_row_has_no_map(make):
     chart = make(torch.randn(2000, 2) * torch.randn(2000, 1).exp())
     for direction in (chart, chart.inv):
-        with pytest.raises(ValueError, match=f"rows of 2 columns, .* got {size}: .* support_fn"):
-            direction(torch.randn(5, size))
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
-@charts
-def test_copies(make, copied):
-    d = drawn(make)
-    x = d.sample((5,))
-    assert torch.equal(copied(d).log_prob(x), d.log_prob(x.clone()))
+        with pytest.raises(ValueError, match="rows of 2 columns, .* got 1: .* support_fn"):
+            direction(torch.randn(5, 1))
 
 
 @charts
-def test_files_keep_every_bit(make, tmp_path):
+def test_copies_and_files_keep_every_bit(make, tmp_path):
     d = drawn(make)
     x = d.sample((50,))
+    expected = d.log_prob(x.clone())
     save(d, tmp_path / "flow.safetensors")
     again = load(tmp_path / "flow.safetensors")
-    assert torch.equal(again.log_prob(x), d.log_prob(x.clone()))
+    for twin in (again, copy.deepcopy(d), pickle.loads(pickle.dumps(d))):
+        assert torch.equal(twin.log_prob(x), expected)
     for mine, other in zip(
         *(s.constraint.gaussianizer.arguments() for s in (d, again)), strict=True
     ):
@@ -250,9 +215,7 @@ def test_the_density_is_that_of_the_flow_through_the_map(make):
     assert total == pytest.approx(1.0, abs=0.01)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("t", [0.3, 0.8])
-@charts
+@pytest.mark.parametrize(("make", "t"), [(marginal_transform, 0.3), (radial_transform, 0.8)])
 def test_scores_are_those_of_the_density_in_data_coordinates(make, t):
     """An untrained flow is N(0, I) before the map, at all times."""
     d = InterpolantDistribution(interpolant_transform(2), support=drawn(make).constraint)
@@ -265,37 +228,26 @@ def test_scores_are_those_of_the_density_in_data_coordinates(make, t):
         score(d, t, x[:, :1])
 
 
-@pytest.mark.parametrize("support", [constraints.real_vector, constraints.positive], ids=str)
 @charts
-def test_points_are_carried_in_front_of_the_map(make, support):
-    """As the base and the draws are, which an untrained flow leaves where they are."""
-    behind = Gaussianized(support, drawn(make).constraint.gaussianizer)
-    d = InterpolantDistribution(interpolant_transform(2), support=behind)
-    y = d.at(0).sample((9,))
-    x = d.unconstrained(y)
-    assert torch.allclose(d.transport(x), y)
-    assert torch.allclose(d.transport(y, inverse=True), x)
-
-
-@charts
-def test_scores_of_a_positive_support_are_those_of_logarithms(make):
-    chart = drawn(make).constraint.gaussianizer
-    d = InterpolantDistribution(interpolant_transform(2), support=drawn(make).constraint)
-    positive = InterpolantDistribution(
-        interpolant_transform(2), support=Gaussianized(constraints.positive, chart)
+def test_points_and_scores_on_a_positive_support_are_those_of_logarithms(make):
+    chart, flow = drawn(make).constraint.gaussianizer, interpolant_transform(2)
+    d, positive = (
+        InterpolantDistribution(flow, support=Gaussianized(support, chart))
+        for support in (constraints.real_vector, constraints.positive)
     )
     x = d.sample((9,))
     assert torch.allclose(positive.unconstrained(x.exp()), x)
     assert torch.allclose(positive.to_flow(x.exp()), d.to_flow(x))
     assert torch.allclose(score(positive, 0.5, x), score(d, 0.5, x))
+    y = positive.at(0).sample((9,))  # points in front of the map, where this flow leaves them
+    x = positive.unconstrained(y)
+    assert torch.allclose(positive.transport(x), y)
+    assert torch.allclose(positive.transport(y, inverse=True), x)
 
 
-@pytest.mark.parametrize("support", [constraints.real_vector, constraints.positive], ids=str)
 @charts
-def test_what_normal_columns_cannot_tell_is_refused(make, support):
-    d = InterpolantDistribution(
-        random_flow(2), support=Gaussianized(support, drawn(make).constraint.gaussianizer)
-    )
+def test_what_normal_columns_cannot_tell_is_refused(make):
+    d = drawn(make)
     for ask in (
         lambda: denoiser(d, 0.5, torch.randn(3, 2)),
         lambda: path_energy(d),
@@ -303,17 +255,6 @@ def test_what_normal_columns_cannot_tell_is_refused(make, support):
     ):
         with pytest.raises(ValueError, match="marginals=False"):
             ask()
-
-
-@pytest.mark.slow
-@charts
-def test_a_density_can_be_traced(make):
-    d = drawn(make).freeze()
-    x = d.sample((40,))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer
-        traced = torch.jit.trace(d.log_prob, x[:20], check_trace=False)
-    assert torch.allclose(traced(x[20:]), d.log_prob(x[20:]))
 
 
 @pytest.mark.slow
@@ -330,19 +271,7 @@ def test_sdes_end_where_the_data_are(make):
         assert torch.allclose(value, d.log_prob(x[:20]), atol=0.1)  # of a few paths
 
 
-@pytest.mark.slow
-@one_chart
-def test_velocities_are_drawn_in_data_coordinates(make):
-    """A small step of the flow from t = 0.6, through the map, against the velocity."""
-    d, gap = drawn(make), 1e-4
-    d.transform.solver = Adaptive(rtol=1e-11, atol=1e-11)
-    x = d.at(0.6).sample((20,))
-    w = d.transform.at(0.6).inv(d.to_flow(x))
-    ahead = biject_to(d.constraint)(d.transform.at(0.6 + gap)(w))
-    assert torch.allclose(_velocity(d.at(0.6), x), (ahead - x) / gap, rtol=0.02, atol=1e-2)
-
-
-@one_chart
+@charts
 def test_inside_a_model(make):
     """The base takes the place of the flow's own site; the sites beside it stay."""
     prior = drawn(make).freeze()
@@ -370,7 +299,7 @@ def test_inside_a_model(make):
 @pytest.mark.slow
 def test_training_behind_a_map_learns_a_slab():
     """What an affine map leaves to the last moments of the path, the map takes away."""
-    x = torch.stack((slab(6000), torch.randn(6000)), -1)
+    x = torch.stack((slab(3000), torch.randn(3000)), -1)
     x[:, 1] += x[:, 0]
     gains = []
     for support in (
@@ -378,9 +307,9 @@ def test_training_behind_a_map_learns_a_slab():
         Gaussianized(constraints.real_vector, marginal_transform(x)),
     ):
         torch.manual_seed(0)
-        d = InterpolantDistribution(random_flow(2, (32, 32)), support=support)
-        fit(d, x[:5000], steps=300, learning_rate=5e-3, batch_size=256, seed=0, progress=False)
+        d = InterpolantDistribution(random_flow(2, (16, 16)), support=support)
+        fit(d, x[:2000], steps=200, learning_rate=5e-3, batch_size=256, seed=0, progress=False)
         with torch.no_grad():
-            gains.append(float(d.log_prob(x[5000:]).mean()))
+            gains.append(float(d.log_prob(x[2000:]).mean()))
     truth = -math.log(3) / 3 - math.log(0.01) / 3  # of the slab's rows, for scale
     assert gains[1] > gains[0] + 0.3 * truth

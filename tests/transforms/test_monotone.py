@@ -65,9 +65,15 @@ def own(monkeypatch):
     return solved
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ("smooth", torch.float32),
+        ("two modes", torch.float64),
+        ("heavy tails", torch.float64),
+        ("near-discrete", torch.float32),
+    ],
+)
 def test_quantiles_given_contexts_are_those_of_each(own, shape, dtype):
     torch.set_default_dtype(dtype)
     d = given(shape, torch.tensor([[-1.0], [0.0], [0.5], [2.0]]))
@@ -84,9 +90,8 @@ def test_quantiles_given_contexts_are_those_of_each(own, shape, dtype):
 SUPPORTS = {"bounded": constraints.interval(-1.0, 3.0), "decreasing": constraints.less_than(2.0)}
 
 
-@pytest.mark.parametrize("support", SUPPORTS)
-def test_quantiles_on_a_support_are_those_of_each(own, support):
-    d = given("two modes", torch.tensor([[-1.0], [0.5]]), support=SUPPORTS[support])
+def test_quantiles_on_a_support_are_those_of_each(own):
+    d = given("two modes", torch.tensor([[-1.0], [0.5]]), support=constraints.less_than(2.0))
     q = torch.linspace(0.001, 0.999, 200)[:, None].expand(200, 2)
     x, alone = d.icdf(q), own(lambda: d.icdf(q))
     assert not torch.equal(x, alone)
@@ -112,9 +117,8 @@ def test_a_spline_takes_few_evaluations_of_the_network(own, shape, share):
     assert rows() < share * own(rows)
 
 
-@pytest.mark.parametrize("scale", [1.0, -2.0])
-def test_quantiles_of_very_many_are_those_of_each(own, scale):
-    d = InterpolantDistribution(shaped(scale=scale)).freeze()
+def test_quantiles_of_very_many_are_those_of_each(own):
+    d = InterpolantDistribution(shaped(scale=-2.0)).freeze()
     q = torch.rand(5000).clamp(1e-5, 1 - 1e-5)
     x = d.icdf(q)
     alone = own(lambda: d.icdf(q))
@@ -123,56 +127,12 @@ def test_quantiles_of_very_many_are_those_of_each(own, scale):
     assert torch.equal(x[:, 0].argsort(), q.argsort())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strength", [0.5, 2.0])
-def test_a_staircase_of_very_many_values_is_seen(own, strength):
-    d = given("near-discrete", torch.linspace(-1, 1, 40)[:, None])
-    d.transform.velocity.strength.fill_(strength)
-    q = torch.rand(2000, 40)
-    x, alone = d.icdf(q), own(lambda: d.icdf(q))
-    assert not torch.equal(x, alone)
-    assert error(d, x, alone)[0] < 1e-3
-    assert (x.gather(0, q.argsort(0)).diff(dim=0) >= 0).all()
-
-
-def test_an_order_that_is_noise_is_solved_for():
-    def noisy(w, owner):
-        return torch.tanh(50 * w) + 1e-4 * torch.sin(1e7 * w)
-
-    w = torch.randn(1, 3000)
-    found = monotone._by_spline(noisy, w, lambda w: torch.logit(torch.special.ndtr(w)))
-    torch.testing.assert_close(found, noisy(w[0], None), rtol=0, atol=2e-3)
-
-
-def test_a_flank_in_the_middle_of_a_cell_is_seen(own):
-    d = given("two modes", torch.zeros(1))  # the same on either side
-    w = torch.linspace(-4, 4, 300)  # of 25 cells the thirteenth has 0 in its middle
-    q = torch.special.ndtr(w)
-    assert max(error(d, d.icdf(q), own(lambda: d.icdf(q)))) < 1e-3
-
-
 def test_far_tails_are_as_good_in_proportion(own):
     d = given("heavy tails", torch.tensor([[0.0], [1.0]]))
     q = torch.special.ndtr(torch.linspace(-6, 3, 200))[:, None].expand(200, 2)
     x, alone = d.icdf(q), own(lambda: d.icdf(q))
     assert not torch.equal(x, alone)
     torch.testing.assert_close(d.cdf(x), d.cdf(alone), rtol=1e-3, atol=0)
-
-
-@pytest.mark.slow
-def test_draws_given_contexts_are_those_of_each(own):
-    d = given("two modes", torch.tensor([[[-1.0], [0.0], [0.5]], [[1.0], [2.0], [-2.0]]]))
-
-    def draw():
-        torch.manual_seed(1)
-        return d.sample((200,))
-
-    x, alone = draw(), own(draw)
-    assert x.shape == (200, 2, 3)
-    assert not torch.equal(x, alone)
-    assert max(error(d, x, alone)) < 1e-3
-    torch.manual_seed(1)
-    torch.testing.assert_close(d.rsample((200,)), alone)
 
 
 def test_derivatives_are_those_of_each_value(own):
@@ -217,9 +177,9 @@ def test_numbers_that_a_short_type_does_not_tell_apart_are_solved_for(own):
     assert (x.diff(dim=0) >= 0).all()
 
 
-@pytest.mark.parametrize("shape", [(1,), (2, 1)])
-def test_contexts_whose_origin_pyro_tracks(shape):
+def test_contexts_whose_origin_pyro_tracks():
     """As in ``render_model``; slices of their shape are plain tuples."""
+    shape = (2, 1)
     flow = random_flow(1, (8,), context_dim=1, solver=FixedGrid(2))
     context = track_provenance(torch.randn(shape), frozenset({"a"}))
     given = ConditionalInterpolantDistribution(flow).freeze().condition(context)

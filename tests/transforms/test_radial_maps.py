@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-from cases import slow_but
 from pyro.distributions import constraints
 
 from pyro_interpolant import InterpolantDistribution, fit, interpolant_transform
@@ -27,12 +26,12 @@ def lengths(x, like):
     return ((x - m.loc) @ m.inverse.T).norm(dim=-1)
 
 
-@pytest.mark.parametrize("dim", slow_but([2, 5, 63], 2))
+@pytest.mark.parametrize("dim", [2, 5])
 def test_lengths_come_half_way_to_normal_ones(dim):
-    x = contrast(20_000, dim)
+    x = contrast(10_000, dim)
     u = radial_transform(x).inv(x)
     levels = torch.tensor([0.01, 0.2, 0.5, 0.8, 0.99])
-    normal = torch.randn(200_000, dim).norm(dim=-1).quantile(levels).log()
+    normal = torch.randn(100_000, dim).norm(dim=-1).quantile(levels).log()
     before, after = lengths(x, x).quantile(levels).log(), u.norm(dim=-1).quantile(levels).log()
     assert torch.allclose(after, 0.5 * (before + normal), atol=0.03)
     white = (x - whitening_map(x).loc) @ whitening_map(x).inverse.T
@@ -61,14 +60,6 @@ def test_it_is_a_smooth_bijection_with_the_determinant_of_autograd():
     )
 
 
-def test_shapes():
-    chart = radial_transform(contrast(1000))
-    for shape in ((5,), (0, 5), (4, 1, 5), (2, 3, 4, 5)):
-        u = torch.randn(shape)
-        assert chart(u).shape == chart.inv(u).shape == shape
-        assert chart.log_abs_det_jacobian(u, chart(u)).shape == shape[:-1]
-
-
 @pytest.mark.parametrize("unit", [1e-30, 1.0, 1e30])
 def test_float32_in_any_unit_however_far(unit):
     x = contrast(5000)
@@ -84,16 +75,10 @@ def test_float32_in_any_unit_however_far(unit):
         assert torch.isfinite(part).all()
 
 
-NONE = {
-    "few": torch.randn(399, 3),
-    "one column": torch.randn(5000, 1),
-    "corners": torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]).repeat(200, 1),
-}
-
-
-@pytest.mark.parametrize("name", NONE)
-def test_none_where_lengths_do_not_differ_or_are_too_few(name):
-    assert radial_transform(NONE[name].double()) is None
+def test_none_where_lengths_do_not_differ_or_are_too_few():
+    corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    for x in (torch.randn(399, 3), torch.randn(5000, 1), corners.repeat(200, 1)):
+        assert radial_transform(x) is None
 
 
 def test_float32_far_from_the_origin():
@@ -104,18 +89,18 @@ def test_float32_far_from_the_origin():
 
 @pytest.mark.slow
 def test_training_behind_it_learns_a_common_scale():
-    x = contrast(5000, 8, 1.5)
+    x = contrast(3000, 8, 1.5)
 
     def held_out(support):
         torch.manual_seed(0)
-        d = InterpolantDistribution(interpolant_transform(8, (64, 64)), support=support)
-        fit(d, x[:4000], steps=200, learning_rate=5e-3, batch_size=256, seed=0, progress=False)
+        d = InterpolantDistribution(interpolant_transform(8, (32, 32)), support=support)
+        fit(d, x[:2000], steps=150, learning_rate=5e-3, batch_size=128, seed=0, progress=False)
         with torch.no_grad():
-            return float(d.log_prob(x[4000:]).mean())
+            return float(d.log_prob(x[2000:]).mean())
 
     with warnings.catch_warnings():  # without the map it may, and behind it must not
         warnings.filterwarnings("ignore", "the fit came out wrong")
         without = held_out(constraints.real_vector)
-    behind = held_out(Gaussianized(constraints.real_vector, radial_transform(x[:4000])))
+    behind = held_out(Gaussianized(constraints.real_vector, radial_transform(x[:2000])))
     assert behind > without + 0.3
     assert math.isfinite(without)

@@ -38,15 +38,11 @@ def modes():
     return dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.3, 0.7])), parts)
 
 
-def student():
-    return dist.StudentT(torch.full((3,), 4.0)).to_event(1)
-
-
 HIDDEN = (32, 32)  # in as narrow a network nodes that stay are found in each of the tests
 SOLVER = FixedGrid(12)  # the fewest nodes: those that stayed learned to claim 10 to 150 nats more
-DENSITIES = {"banana": Banana, "modes": modes, "student": student}
+DENSITIES = {"banana": Banana, "modes": modes}
 # Of the smallest batches by which nodes that stay are found, if any are found.
-BATCHES = {"banana": 64, "modes": 256, "student": 64}
+BATCHES = {"banana": 64, "modes": 256}
 
 
 def maximum_likelihood(prior, rows, batch_size):
@@ -102,8 +98,7 @@ def train(make, training, steps, held_rows, solver=SOLVER, *, batch_size=256, lo
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "training"),
-    [*((name, maximum_likelihood) for name in DENSITIES), ("banana", inside_a_model)],
+    ("name", "training"), [("modes", maximum_likelihood), ("banana", inside_a_model)]
 )
 def test_no_likelihood_above_the_truth(name, training):
     # What nodes that stay learn to claim comes late: after 60 to 150 steps.
@@ -116,32 +111,24 @@ def test_no_likelihood_above_the_truth(name, training):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "solver", [FixedGrid(4), Adaptive(rtol=1e-3, atol=1e-3, nodes=4)], ids=["grid", "adaptive"]
-)
-def test_a_solver_of_few_nodes_trains_at_more(solver):
+def test_a_solver_of_few_nodes_trains_at_more():
     start, _, calibrated = train(
-        Banana, maximum_likelihood, 150, 2000, solver, batch_size=64, looks=()
+        Banana, maximum_likelihood, 100, 1000, FixedGrid(4), batch_size=64, looks=()
     )
     assert start + 0.5 < calibrated < 0.05
 
 
-@pytest.mark.slow
-def test_a_short_training_by_hand():
-    start, worst, calibrated = train(Banana, maximum_likelihood, 20, 1000)
-    assert worst < 0.05
-    assert calibrated > start
-
-
-@pytest.mark.slow
-def test_the_log_determinant_is_unbiased():
+@pytest.mark.parametrize(
+    "solver", [FixedGrid(12), Adaptive(rtol=1e-4, atol=1e-4, nodes=12)], ids=["grid", "adaptive"]
+)
+def test_the_log_determinant_is_unbiased(solver):
     flow, x = random_flow(2), torch.randn(5, 2)
     flow.solver = FixedGrid(64)
     with torch.no_grad():
         exact = flow.log_abs_det_jacobian(x, flow(x))
-    flow.solver = FixedGrid(12)
+    flow.solver = solver
     estimates = []
-    for _ in range(60):
+    for _ in range(40):
         with torch.no_grad():  # too little to change the density, enough for other nodes
             flow.velocity.output.weight.mul_(1 + 1e-9)
         estimates.append(flow.log_abs_det_jacobian(x, flow(x)).detach())
