@@ -1,7 +1,5 @@
 """What NumPyro asserts of its own distributions and transforms, of ours."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,7 @@ import pandas
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import BASES, random_flow, slow_but
+from cases import random_flow, slow_but
 from jax import lax
 from kinds import angles, angular_flow, family, joint, plain, supported
 from numpyro import handlers
@@ -25,7 +23,6 @@ from pyro_interpolant.numpyro import (
     base_space,
     from_torch,
 )
-from pyro_interpolant.numpyro.bases import base_log_prob
 from pyro_interpolant.numpyro.supports import Bijection, StickBreaking, bijection
 from pyro_interpolant.numpyro.transforms import RadialTransform
 
@@ -38,7 +35,6 @@ MAKERS = {
     "given rows": (family, (4, 3)),
     "stack": (lambda: supported("stack"), None),
     "tempered": (lambda: supported("tempered"), None),
-    "laplace": (lambda: plain(base=BASES["laplace"](2)), None),
     "joint": (joint, None),
     "angles": (angles, None),
 }
@@ -130,7 +126,7 @@ def test_programs(name, known):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "given rows", "stack"])
+@pytest.mark.parametrize("name", ["plain", "given rows"])
 def test_gradients_by_differences(name, known):
     d = known(name)
     x = d.base_dist.sample(KEY)  # real vectors
@@ -278,19 +274,14 @@ def test_flows_are_as_they_were_and_those_of_other_weights_are_others():
     assert flow.transform.grid.end == 1.0
     assert likelihood.condition(jnp.ones(3)).batch_shape == ()
     assert likelihood.transforms[0].context is None
-    one, other = flow.transform, from_torch(plain()).transform
-    assert not one.eq(other, static=True)
-    assert not one.eq(other)
-    assert one.eq(InterpolantTransform(one.weights, one.grid), static=True)
+    assert not flow.transform.eq(from_torch(plain()).transform)
 
 
 @pytest.mark.parametrize(
     ("use", "message"),
     [
-        (lambda d: d.log_prob(jnp.zeros(())), r"expected a value of shape \(\*, 2\)"),
         (lambda d: d.log_prob(jnp.zeros((2, 1))), r"expected a value of shape \(\*, 2\)"),
         (lambda d: d.transform(jnp.zeros(3)), "expected a last dimension of size 2"),
-        (lambda d: d.at(1.5), "a time t in"),
         (lambda d: d.at(float("nan")), "a time t in"),
     ],
 )
@@ -449,28 +440,6 @@ def test_without_a_key_the_packed_vector_has_to_be_given():
 # ---- bases, and angles --------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_behind_several_transforms_a_base_has_a_density_where_its_draws_are():
-    normal, affine = ndist.Normal(jnp.zeros(2), 1.0), ndist.transforms.AffineTransform
-    exp, sigmoid = ndist.transforms.ExpTransform(), ndist.transforms.SigmoidTransform()
-    moved = partial(ndist.TransformedDistribution, normal)
-    between = moved([ndist.transforms.ComposeTransform([sigmoid, affine(-1.0, 2.0)])])
-    exponential = moved([exp]).to_event(1)
-    rows = jnp.array([[-5.0, -0.5], [0.2, -0.5], [0.2, 2.0], [2.0, 3.0]])
-    for base, low, high in (
-        (between.to_event(1).expand((3,)), -1, 1),
-        (ndist.TransformedDistribution(exponential, [affine(1.0, 2.0)]), 1, np.inf),
-    ):
-        x = rows[:, None] if base.batch_shape else rows
-        within = jnp.broadcast_to(((x > low) & (x < high)).all(-1), (len(x), *base.batch_shape))
-        found, pull = jax.vjp(lambda v, base=base: base_log_prob(base, v), x)
-        np.testing.assert_array_equal(jnp.isfinite(found), within)
-        np.testing.assert_array_equal(found == -np.inf, ~within)
-        assert bool(jnp.isfinite(pull(within.astype(float))[0]).all())
-        draws = base.sample(KEY, (5,))
-        np.testing.assert_allclose(base_log_prob(base, draws), base.log_prob(draws), rtol=1e-12)
-
-
 def test_angles_lead_back_by_any_number_of_turns():
     mixture = dist.MixtureSameFamily(
         dist.Categorical(torch.ones(2)),
@@ -488,11 +457,6 @@ def test_angles_lead_back_by_any_number_of_turns():
         np.testing.assert_allclose(found, expected, 1e-4)
 
 
-@pytest.mark.slow
 def test_angles_have_no_bijection(known):
-    d, x = known("angles"), jnp.array([0.4, -1.0])
     with pytest.raises(NotImplementedError, match=r"numpyro\.base_space\(model\)"):
-        ndist.biject_to(d.support)
-    whole = 2 * np.pi * jnp.array([1.0, -2.0])
-    unchecked = InterpolantDistribution(d.base_dist, d.transforms, validate_args=False)
-    np.testing.assert_allclose(unchecked.log_prob(x + whole), unchecked.log_prob(x), rtol=1e-10)
+        ndist.biject_to(known("angles").support)

@@ -130,18 +130,6 @@ def test_a_flow_as_its_own_guide(real):
 
 
 @pytest.mark.slow
-def test_predictive_in_parallel(real):
-    bound = functools.partial(model, real[0])
-    found = [
-        infer.Predictive(bound, num_samples=4, parallel=parallel)(KEY)["z"]
-        for parallel in (True, False)
-    ]
-    np.testing.assert_allclose(*found, rtol=1e-8)
-    draws = infer.Predictive(bound, num_samples=6, batch_ndims=1)(KEY)["z"].reshape(2, 3, 2)
-    assert infer.Predictive(bound, {"z": draws}, batch_ndims=2)(KEY)["y"].shape == (2, 3)
-
-
-@pytest.mark.slow
 def test_the_draws_of_numpyro_become_a_prior():
     """Yesterday's posterior, sampled by NumPyro, is learned and serves as a prior there."""
 

@@ -107,19 +107,13 @@ def test_probes_that_a_file_does_not_hold(path):
 
 
 EDITS = [
-    {"arguments": [2, [16], 0]},
     {"arguments": [2, [10**9, 10**9], 0]},
     {"dtype": "float32"},
-    {"velocity": "TorusMLP"},
-    {"class": "ConditionalInterpolantDistribution"},
     {"solver": ["FixedGrid", {"steps": 10**9, "method": "rk4", "warp": 0.0}]},
-    {"solver": ["FixedGrid", {"steps": 8, "method": "rk5", "warp": 0.0}]},
     {"divergence": ["HutchinsonDivergence", {"probes": 1, "seed": 0}]},
     {"whitening": "ScalarWhitening"},
-    {"support": "sphere"},
     {"support": "circular"},
     {"support": ["shaped", "real_vector", [3, 1]]},
-    {"support": ["stack", ["positive"], -1]},
     {"base": {"class": "Normal", "arguments": ["loc"]}},
     {"base": {"class": "set_default_validate_args", "arguments": []}},
 ]
@@ -213,16 +207,6 @@ def test_a_float64_file_where_jax_has_float32_says_so(path):
     flows = [t for t in prior.transforms if hasattr(t, "grid")]
     assert [flow.weights["loc"].dtype for flow in flows] == [np.float32] * 2
     assert prior.sample(jax.random.key(0)).dtype == jnp.float32
-
-
-@pytest.mark.slow
-def test_values_of_any_type_are_promoted(path):
-    save(plain().to(torch.float32), path)
-    prior = load(path)
-    for value, dtype in ((1, "float32"), (1.0, "float64")):
-        x = jnp.full((2,), value, dtype=jnp.result_type(type(value)))
-        assert prior.log_prob(x).dtype == dtype
-    assert load(path, dtype=np.float64).log_prob(jnp.ones(2, jnp.float32)).dtype == jnp.float64
 
 
 # ---- what is compiled, and kept -----------------------------------------------------------------

@@ -255,17 +255,6 @@ def test_an_initial_value_in_data_space(prior, model):
         start(on_support, z=jnp.array([0.5, -2.0]))
 
 
-def test_what_a_site_says_of_its_inference_and_its_key_hold_for_its_base(prior):
-    def model():
-        numpyro.sample("own", prior, rng_key=KEY)
-        with numpyro.plate("n", 4):
-            numpyro.sample("z", prior, infer={"block_plates": ["n"]})
-
-    trace = traced(base_space(model))
-    assert trace["z"]["value"].shape == traced(model)["z"]["value"].shape == (2,)
-    np.testing.assert_allclose(trace["own_base"]["value"], prior.base_dist.sample(KEY))
-
-
 @pytest.mark.slow
 def test_plates_events_and_masks(prior):
     def model():
@@ -288,26 +277,19 @@ def test_plates_events_and_masks(prior):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [lambda: supported("stack"), joint], ids=["stack", "joint"])
-def test_supports_and_sites(make, twin):
-    prior = twin(make().freeze())
+def test_named_sites(twin):
+    prior = twin(joint().freeze())
 
     def model():
-        if make is joint:
-            return prior.sample_sites("z")
-        return numpyro.sample("z", prior)
+        prior.sample_sites("z")
 
-    names = kinds_of(base_space(model))
-    assert names["z_base"] == "sample"
-    assert names["z"] == "deterministic"
-    value = traced(base_space(model))["z"]["value"]
-    assert bool(prior.support(value))
-    if make is joint:
-        assert set(prior.sites) < set(names)
-        given = {name: jnp.asarray(v)[None] for name, v in prior.unpack(value).items()}
-        again = Predictive(model, {"z": value[None]})(KEY)
-        for name, expected in given.items():
-            np.testing.assert_allclose(again[name], expected, rtol=1e-10)
+    trace = traced(base_space(model))
+    assert trace["z_base"]["type"] == "sample"
+    value = trace["z"]["value"]
+    again = Predictive(model, {"z": value[None]})(KEY)
+    for name, expected in prior.unpack(value).items():
+        np.testing.assert_allclose(trace[name]["value"], expected, rtol=1e-10)
+        np.testing.assert_allclose(again[name][0], expected, rtol=1e-10)
 
 
 @pytest.mark.slow
