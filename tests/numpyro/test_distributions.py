@@ -228,6 +228,7 @@ def test_a_row_that_cannot_be_leaves_the_others():
     assert (found > -jnp.inf).tolist() == [True, False]
 
 
+@pytest.mark.slow
 def test_whole_numbers_and_no_rows():
     d, whole = from_torch(supported("positive")), jnp.array([[1, 2], [3, 1]])
     np.testing.assert_array_equal(d.log_prob(whole), d.log_prob(whole.astype(float)))
@@ -440,6 +441,7 @@ def test_without_a_key_the_packed_vector_has_to_be_given():
 # ---- bases, and angles --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_angles_lead_back_by_any_number_of_turns():
     mixture = dist.MixtureSameFamily(
         dist.Categorical(torch.ones(2)),

@@ -98,6 +98,7 @@ def test_chains_in_parallel(tmp_path):
     assert done.stdout.strip() == "(2, 5, 2)"
 
 
+@pytest.mark.slow
 def test_a_guide_of_numpyro_learns_a_bound(real):
     prior, mean, std, evidence, _ = real
     bound = base_space(functools.partial(model, prior))

@@ -118,6 +118,7 @@ def test_the_density_at_a_time(twin):
         assert_same_densities(flow.at(t), twin(flow).at(t), x)
 
 
+@pytest.mark.slow
 def test_a_base_that_is_a_flow(twin):
     base = plain(base=BASES["laplace"](2))
     flow, x = plain(base=base, support=constraints.positive).freeze(), torch.rand(ROWS, 2)
@@ -243,6 +244,7 @@ def test_supports(dim):
 
 
 @pytest.mark.usefixtures("float32")
+@pytest.mark.slow
 def test_the_edges_of_an_interval():
     """There, and where float32 cannot tell, torch clamps; beyond them is no density."""
     stack = constraints.stack([constraints.unit_interval], dim=-1)

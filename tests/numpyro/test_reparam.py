@@ -82,6 +82,7 @@ def test_a_scale_inside_weighs_the_density_of_the_site(prior):
     np.testing.assert_allclose(around, 2 * expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_scale_inside_leaves_the_distances_of_angles_as_they_are():
     prior = pi.InterpolantDistribution(angular_flow(), support=pi.circular).freeze()
     found, w = [], torch.randn(4)
@@ -97,6 +98,7 @@ def test_a_scale_inside_leaves_the_distances_of_angles_as_they_are():
     np.testing.assert_allclose(found[1], found[0], rtol=1e-6)  # the volume, and the distances
 
 
+@pytest.mark.slow
 def test_each_row_of_a_scale_weighs_all_events_of_a_row(prior):
     """The factor is under the scale too, since enumeration takes sites of one scale alone."""
     scale, w = jnp.array([0.5, 1.0, 2.0]), jax.random.normal(KEY, (3, 3, 2))
