@@ -19,7 +19,7 @@ def model(prior):
     numpyro.sample("y", dist.Normal(z.sum(-1), 0.5), obs=jnp.array(0.7))
 
 
-options = {"num_warmup": 50, "num_samples": 50, "num_chains": 2, "progress_bar": False}
+options = {"num_warmup": 5, "num_samples": 5, "num_chains": 2, "progress_bar": False}
 mcmc = MCMC(NUTS(base_space(model)), chain_method="parallel", **options)
 mcmc.run(jax.random.key(0), prior)
 print(mcmc.get_samples(group_by_chain=True)["z"].shape)
