@@ -14,7 +14,6 @@ from torch import nn
 from pyro_interpolant import (
     BrownianBridge,
     ConditionalInterpolantDistribution,
-    EncodingDecoding,
     ExternalBase,
     InterpolantDistribution,
     InterpolantTransform,
@@ -35,7 +34,6 @@ from pyro_interpolant import (
     reflow,
     save,
 )
-from pyro_interpolant.distributions.base_support import has_bounds
 from pyro_interpolant.distributions.bases import Planar, base_log_prob
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
@@ -75,73 +73,40 @@ def test_two_data_sets_transport():
     """From one cloud to another, neither with a known density."""
     x0, x1 = crescent(2000) + 5, -0.5 * crescent(2000)
     distribution = InterpolantDistribution(interpolant_transform(2, (48, 48)))
-    result = fit(distribution, x1, base_samples=x0, **{**QUICK, "steps": 600, "batch_size": 128})
-    assert isinstance(distribution.base, Samples)
-    assert result.validation_losses[-1] < result.validation_losses[0]
+    fit(distribution, x1, base_samples=x0, **{**QUICK, "steps": 400, "batch_size": 128})
     y = distribution.sample((1000,))
     before = mean_distance(x0[:1000], x1[:1000])
     assert mean_distance(y, x1[:1000]) < 0.05 * before
     moved = distribution.transform(distribution.transforms[0](x0[:1000]))
     assert mean_distance(moved, x1[:1000]) < 0.05 * before
-    with pytest.raises(ValueError, match="samples alone: this flow transports"):
-        distribution.log_prob(y)
 
 
 def test_samples_in_a_model_and_in_a_file(tmp_path):
-    flow = InterpolantDistribution(random_flow(2), Samples(torch.randn(30, 2)))
+    given = torch.randn(30, 2)
+    flow = InterpolantDistribution(random_flow(2))
+    flow.set_base_samples(given)
+    before = given.clone()
+    given.fill_(7.0)
+    assert torch.equal(flow.base.rows, before)
     with pyro.plate("n", 4):
         assert pyro.sample("x", flow).shape == (4, 2)
     save(flow, tmp_path / "flow.safetensors")
     again = load(tmp_path / "flow.safetensors")
     assert torch.equal(again.base.rows, flow.base.rows)
     assert copy.deepcopy(flow).to(torch.float32).sample((3,)).dtype == torch.float32
+    for draw in (flow.rsample, flow.rsample_and_log_prob):
+        with pytest.raises(NotImplementedError, match=r"base, Samples, .*: take sample\(\)"):
+            draw((3,))
 
 
-@pytest.mark.slow
-def test_conditional_flows_start_from_samples():
-    context = torch.rand(1000, 1)
-    transform = conditional_interpolant_transform(2, 1, (32, 32))
-    distribution = ConditionalInterpolantDistribution(transform)
-    x1 = context + 0.1 * torch.randn(1000, 2)
-    fit(
-        distribution,
-        x1,
-        context=context,
-        base_samples=crescent(500),
-        **{**QUICK, "steps": 400, "batch_size": 128},
-    )
-    means = [
-        float(distribution.condition(torch.tensor([c])).sample((500,)).mean()) for c in (0.1, 0.9)
-    ]
-    assert means[0] == pytest.approx(0.1, abs=0.15)
-    assert means[1] == pytest.approx(0.9, abs=0.15)
-
-
-def test_samples_of_a_base_are_its_own():
-    given = torch.randn(50, 2)
-    distribution = InterpolantDistribution(interpolant_transform(2, (8, 8)))
-    distribution.set_base_samples(given)
-    before = given.clone()
-    given.fill_(7.0)
-    assert torch.equal(distribution.base.rows, before)
-
-
-def test_samples_that_are_held_out_are_others_from_all_over():
+def test_validation_samples_are_others_from_all_over():
     rows = torch.arange(1000.0)[:, None]
     white = InterpolantDistribution(interpolant_transform(1, (8,)), Samples(rows)).white_base()
     kept, held = (part.base.rows[:, 0] for part in white.split(0.1))
     assert (len(kept), len(held)) == (900, 100)
     assert torch.equal(torch.cat((kept, held)).sort().values, rows[:, 0])
-    assert abs(held.mean() - 500) < 150  # rows may be in an order
+    assert abs(held.mean() - 500) < 150  # rows may be in an order; five standard errors
     assert torch.equal(white.split(0.1)[1].base.rows[:, 0], held)
-
-
-def test_a_base_and_base_samples_are_too_many():
-    base = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
-    distribution = InterpolantDistribution(interpolant_transform(2, (8, 8)), base)
-    with pytest.raises(ValueError, match=r"got both: this distribution starts from a Independent"):
-        fit(distribution, torch.randn(50, 2), base_samples=torch.randn(50, 2), **QUICK)
-    assert distribution.base is base
 
 
 # ---- pairs --------------------------------------------------------------------------------------
@@ -170,37 +135,56 @@ def test_pairs_are_kept_together():
     assert error < 0.25
 
 
-@pytest.mark.slow
-def test_pairs_of_the_default_base():
-    z = torch.randn(2000, 2)
-    distribution = InterpolantDistribution(
-        interpolant_transform(2, (32, 32), interpolant=Linear())
-    )
-    fit(distribution, 5 + 2 * z, pairs=z, **{**QUICK, "steps": 300, "batch_size": 128})
-    few = torch.randn(100, 2)
-    assert ((distribution.transform(few) - 5 - 2 * few).norm(dim=-1) < 0.3).float().mean() > 0.9
-    assert torch.isfinite(distribution.log_prob(5 + 2 * few)).all()
+NORMAL = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
+REFUSED = {  # rows, and other arguments of fit
+    "too few pairs": (
+        lambda x: {"pairs": x[1:]},
+        "expected one partner per row of data, 60, got 59",
+    ),
+    "wide pairs": (
+        lambda x: {"pairs": torch.cat((x, x), 1)},
+        r"expected pairs of shape \(N, 2\)",
+    ),
+    "moved pairs": (
+        lambda x: {"pairs": 5 + x},
+        r"expected pairs drawn from N\(0, I\).*base_samples=pairs",
+    ),
+    "noise without a latent term": (
+        lambda x: {"learn": "noise"},
+        r"latent term to learn the noise, got Trigonometric",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("pairs", "message"),
-    [
-        (torch.randn(49, 2), "expected one partner per row of data, 60, got 49"),
-        (torch.randn(60, 3), r"expected pairs of shape \(N, 2\)"),
-        (5 + torch.randn(60, 2), r"expected pairs drawn from N\(0, I\).*base_samples=pairs"),
-    ],
-)
-def test_pairs_refused(pairs, message):
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_fit_refuses(name):
+    options, message = REFUSED[name]
+    x = torch.randn(60, 2)
     distribution = InterpolantDistribution(interpolant_transform(2, (8, 8)))
     with pytest.raises(ValueError, match=message):
-        fit(distribution, torch.randn(60, 2), pairs=pairs, **QUICK)
+        fit(distribution, x, **options(x), **QUICK)
+
+
+def test_bases_that_fit_refuses():
+    x, flow = torch.randn(60, 2), interpolant_transform(2, (8, 8))
+    d = InterpolantDistribution(flow, NORMAL)
+    with pytest.raises(ValueError, match=r"got both: this distribution starts from a Independent"):
+        fit(d, x, base_samples=x, **QUICK)
+    assert d.base is NORMAL
+    d = InterpolantDistribution(flow, dist.Normal(torch.zeros(1, 2), 1.0).to_event(1))
+    message = r"one base for all rows.*batch shape \(1,\).*members"
+    with pytest.raises(ValueError, match=message):
+        fit(d, map(None, ()))  # which nobody looks at
+    with pytest.raises(ValueError, match=message):
+        interpolant_loss(d, x)
+    assert interpolant_loss(d, x, x0=x).shape == (60,)
 
 
 @pytest.mark.slow
 def test_whether_pairs_were_independent_is_remembered(tmp_path):
     for coupling, expected in ((independent, True), (optimal_transport, False)):
         distribution = InterpolantDistribution(interpolant_transform(2, (8, 8)))
-        fit(distribution, torch.randn(80, 2), coupling=coupling, **{**QUICK, "batch_size": 40})
+        fit(distribution, torch.randn(80, 2), coupling=coupling, **{**QUICK, "steps": 2})
         assert distribution.transform.flow.independent is expected
         save(distribution, tmp_path / "flow.safetensors")
         assert load(tmp_path / "flow.safetensors").transform.flow.independent is expected
@@ -210,16 +194,8 @@ def test_whether_pairs_were_independent_is_remembered(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "interpolant",
-    [
-        pytest.param(EncodingDecoding(), marks=pytest.mark.slow),
-        Latent(Linear(), BrownianBridge(0.3)),
-        pytest.param(Mirror(), marks=pytest.mark.slow),
-    ],
-)
-def test_latent_interpolants_train_and_learn_their_noise(interpolant, tmp_path):
-    x = crescent(1500)
+def test_latent_interpolants_train_and_learn_their_noise(tmp_path):
+    x, interpolant = crescent(1500), Latent(Linear(), BrownianBridge(0.3))
     distribution = InterpolantDistribution(
         interpolant_transform(2, (32, 32), interpolant=interpolant)
     )
@@ -237,6 +213,17 @@ def test_latent_interpolants_train_and_learn_their_noise(interpolant, tmp_path):
     assert torch.equal(again(t, w), distribution.transform.flow.noise(t, w))
 
 
+class Own(nn.Module):
+    event_dim = 2
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 2))
+
+    def forward(self, t, x, context=None):
+        return self.net(torch.cat((x, t[..., None]), -1))
+
+
 @pytest.mark.parametrize(
     ("paired", "message"),
     [
@@ -245,7 +232,7 @@ def test_latent_interpolants_train_and_learn_their_noise(interpolant, tmp_path):
     ],
 )
 def test_the_noise_is_that_of_the_paths_of_the_velocity(paired, message):
-    d = InterpolantDistribution(interpolant_transform(2, (8, 8), interpolant=Latent()))
+    d = InterpolantDistribution(InterpolantTransform(Own(), interpolant=Latent()))
     d.transform.flow.independent = not paired  # as fit leaves it
     couplings = {True: optimal_transport, False: independent}
     options = {**QUICK, "steps": 1, "learn": "noise"}
@@ -253,7 +240,7 @@ def test_the_noise_is_that_of_the_paths_of_the_velocity(paired, message):
         fit(d, torch.randn(80, 2), coupling=couplings[not paired], **options)
     assert d.transform.flow.noise is None
     fit(d, torch.randn(80, 2), coupling=couplings[paired], **options)
-    assert d.transform.flow.noise is not None
+    assert isinstance(d.transform.flow.noise, VelocityMLP)
 
 
 @pytest.mark.slow
@@ -293,14 +280,6 @@ def test_a_mirror_starts_from_the_data_of_its_last_fit(tmp_path):
         assert torch.equal(sorted_rows(d.base.rows), sorted_rows(y))
     fit(d, x, base_samples=start, **quick)
     assert torch.equal(d.base.rows, start)
-
-
-def test_a_mirror_starts_from_its_data():
-    x = crescent(300)
-    distribution = InterpolantDistribution(interpolant_transform(2, (8, 8), interpolant=Mirror()))
-    fit(distribution, x, **QUICK)
-    rows = distribution.base.rows  # all of them, in any order
-    assert torch.equal(rows[rows[:, 0].argsort()], x[x[:, 0].argsort()])
 
 
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")  # one step, on purpose
@@ -358,38 +337,9 @@ def test_a_mirror_without_data_has_no_density_and_no_draws(tmp_path):
     assert d.sample().isfinite()
 
 
-def test_draws_of_samples_have_no_gradient():
-    d = InterpolantDistribution(interpolant_transform(2, (8,)), Samples(torch.zeros(5, 2)))
-    for draw in (d.rsample, d.rsample_and_log_prob):
-        with pytest.raises(NotImplementedError, match=r"base, Samples, .*: take sample\(\)"):
-            draw((3,))
-
-
-def test_a_base_with_a_batch_is_refused_in_training():
-    base = dist.Normal(torch.zeros(1, 2), 1.0).to_event(1)
-    d = InterpolantDistribution(interpolant_transform(2, (8,)), base)
-    x, message = torch.randn(20, 2), r"one base for all rows.*batch shape \(1,\).*members"
-    with pytest.raises(ValueError, match=message):
-        fit(d, map(None, ()))  # which nobody looks at
-    with pytest.raises(ValueError, match=message):
-        interpolant_loss(d, x)
-    assert interpolant_loss(d, x, x0=x).shape == (20,)
-
-
-def test_the_noise_needs_a_latent_term():
-    distribution = InterpolantDistribution(interpolant_transform(2, (8, 8)))
-    with pytest.raises(ValueError, match=r"latent term to learn the noise, got Trigonometric"):
-        fit(distribution, map(None, ()), learn="noise", **QUICK)  # which nobody looks at
-
-
 class Off(Linear):
     def coefficients(self, t):
         return 1 - t, 0.9 * t, torch.zeros_like(t)
-
-
-class WithNumbers(Linear):
-    def coefficients(self, t):
-        return 1 - t, t, 0.0
 
 
 class WithoutNoise(Linear):
@@ -401,11 +351,9 @@ class WithoutNoise(Linear):
     ("interpolant", "message"),
     [
         (Off(), r"expected coefficients .* at t = 0 and t = 1, got .* from Off"),
-        (WithNumbers(), r"of WithNumbers to be three tensors .* torch.zeros_like\(t\).*'float'"),
         (WithoutNoise(), r"of WithoutNoise to be three tensors .*, got \[\(2,\), \(2,\)\]"),
         (NonlinearInterpolant(lambda t, a, b: (1 - t) * a + t * b + 0.1), "to be x0 at t = 0"),
         (NonlinearInterpolant(lambda t, a, b: (1 - t) * a), "to be x1 at t = 1"),
-        (NonlinearInterpolant(lambda t, a, b: a.sum(-1)), "expected paths of shape"),
     ],
 )
 def test_wrong_ends_are_refused_before_training(interpolant, message):
@@ -416,18 +364,6 @@ def test_wrong_ends_are_refused_before_training(interpolant, message):
     with pytest.raises(ValueError, match=message):
         fit(distribution, 5 + torch.randn(60, 2), **QUICK)
     assert torch.equal(distribution.transform.flow.loc, loc)
-
-
-@pytest.mark.slow
-def test_a_non_linear_path_trains():
-    def bow(t, x0, x1):
-        return (1 - t) * x0 + t * x1 + t * (1 - t) * (x1 - x0).tanh()
-
-    x = crescent(1500)
-    flow = interpolant_transform(2, (32, 32), interpolant=NonlinearInterpolant(bow))
-    distribution = InterpolantDistribution(flow)
-    fit(distribution, x, **{**QUICK, "steps": 300, "batch_size": 128})
-    assert mean_distance(distribution.sample((800,)), x[:800]) < 0.1
 
 
 # ---- bases of other libraries -------------------------------------------------------------------
@@ -450,28 +386,20 @@ class Wrong(nn.Module):
         return 1.0
 
 
-@pytest.mark.parametrize(
-    "make",
-    [Lazy, lambda: Lazy().requires_grad_(requires_grad=False)()],
-    ids=["module", "distribution"],
-)
-def test_an_external_base(make):
-    base, reference = ExternalBase(make()), Lazy()()
-    assert base.event_shape == (2,)
-    x = base.sample((4,))
-    torch.testing.assert_close(base.log_prob(x).double(), reference.log_prob(x).double())
-    assert base.expand((3,)).sample((4,)).shape == (4, 3, 2)
-    for moment in ("mean", "variance"):
-        expected = getattr(reference, moment).to(base.mean).expand(3, 2)
-        assert torch.equal(getattr(base.expand((3,)), moment), expected)
-    assert not x.requires_grad
-    flow = InterpolantDistribution(random_flow(2), base)
-    y = flow.sample((5,))
-    assert flow.log_prob(y).shape == (5,)
-    assert flow.at(0.0).log_prob(y).allclose(reference.log_prob(y))
-    half = copy.deepcopy(flow).to(torch.float32)
-    assert half.sample((2,)).dtype == torch.float32
-    assert flow.sample((2,)).dtype == torch.float64
+def test_an_external_base():
+    reference = Lazy()()
+    for base in (ExternalBase(Lazy()), ExternalBase(Lazy().requires_grad_(requires_grad=False)())):
+        x = base.sample((4,))
+        torch.testing.assert_close(base.log_prob(x).double(), reference.log_prob(x).double())
+        for moment in ("mean", "variance"):
+            expected = getattr(reference, moment).to(base.mean).expand(3, 2)
+            assert torch.equal(getattr(base.expand((3,)), moment), expected)
+        assert not x.requires_grad
+        flow = InterpolantDistribution(random_flow(2), base)
+        y = flow.sample((5,))
+        assert flow.at(0.0).log_prob(y).allclose(reference.log_prob(y))
+        assert copy.deepcopy(flow).to(torch.float32).sample((2,)).dtype == torch.float32
+        assert flow.sample((2,)).dtype == torch.float64
 
 
 def test_the_weights_of_an_external_base_can_be_trained_after_moments(monkeypatch):
@@ -505,7 +433,7 @@ torch.manual_seed(0)
 base = pi.ExternalBase(zuko.flows.NSF(2, transforms=1, hidden_features=(16, 16)))
 d = pi.InterpolantDistribution(pi.interpolant_transform(2, (16, 16)), base)
 x = torch.randn(400, 2) * 0.5 + 1
-pi.fit(d, x, steps=50, progress=False, batch_size=100, seed=0)
+pi.fit(d, x, steps=3, progress=False, batch_size=100, seed=0)
 y = d.sample((7,))
 assert y.shape == (7, 2) and d.log_prob(y).shape == (7,) and torch.isfinite(d.log_prob(y)).all()
 """
@@ -513,26 +441,7 @@ assert y.shape == (7, 2) and d.log_prob(y).shape == (7,) and torch.isfinite(d.lo
 
 def test_a_zuko_flow_as_base():
     pytest.importorskip("zuko", reason="an extra of the benchmarks")
-    subprocess.run([sys.executable, "-W", "ignore", "-c", ZUKO], check=True)
-
-
-@pytest.mark.slow
-def test_velocity_of_ones_own_learns_noise_too():
-    class Own(nn.Module):
-        event_dim = 2
-
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 2))
-
-        def forward(self, t, x, context=None):
-            return self.net(torch.cat((x, t[..., None]), -1))
-
-    flow = InterpolantTransform(Own(), interpolant=Latent())
-    distribution = InterpolantDistribution(flow)
-    fit(distribution, crescent(200), **QUICK)
-    fit(distribution, crescent(200), learn="noise", **QUICK)
-    assert isinstance(flow.flow.noise, VelocityMLP)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", ZUKO], check=True, timeout=900)
 
 
 # ---- bases in whitened coordinates --------------------------------------------------------------
@@ -573,14 +482,6 @@ def test_a_whitened_base_is_the_start_of_the_chain(name):
     torch.testing.assert_close(total, flow.log_prob(x))  # the same solve, remembered
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_whitened_base_has_the_type_of_the_flow(dtype):
-    flow = InterpolantDistribution(random_flow(2).to(dtype))
-    white = flow.white_base()
-    assert white.sample((3,)).dtype == dtype
-    assert white.to_white(torch.randn(3, 2, dtype=torch.float64)).dtype == dtype
-
-
 def test_partners_far_from_zero_keep_their_digits_in_single_precision():
     w, centre = torch.randn(50, 2), torch.full((2,), 2.0**23)
     transform = interpolant_transform(2, (8,)).float()
@@ -595,10 +496,9 @@ def test_partners_far_from_zero_keep_their_digits_in_single_precision():
         lambda: Samples(torch.randn(5, 2)),
         lambda: UniformTorus(2),
         lambda: ExternalBase(Lazy()),
-        lambda: ExternalBase(dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)),
         lambda: Planar(dist.VonMises(torch.zeros(1), torch.ones(1)).to_event(1)),
     ],
-    ids=["samples", "torus", "module", "distribution", "planar"],
+    ids=["samples", "torus", "module", "planar"],
 )
 def test_every_base_is_expanded_converted_and_copied(make):
     base = make()
@@ -625,29 +525,16 @@ def masked(other, *, first=True):
 
 
 WITHOUT_DENSITY = {
-    "one-hot": lambda: dist.OneHotCategorical(torch.tensor([0.3, 0.7]), validate_args=False),
     "counts": lambda: dist.Poisson(torch.tensor([3.0, 5.0]), validate_args=False).to_event(1),
     "scaled counts": lambda: dist.TransformedDistribution(
         dist.Poisson(torch.ones(2)).to_event(1), [dist.transforms.AffineTransform(0.0, 0.5)]
     ),
-    "mixture of counts": lambda: dist.MixtureSameFamily(
-        dist.Categorical(torch.ones(2)),
-        dist.Binomial(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 0.5).to_event(1),
-    ),
     "rows": lambda: dist.Empirical(torch.randn(5, 2), torch.zeros(5)),
-    "point": lambda: dist.Delta(torch.zeros(2)).to_event(1),
     "point beside another": lambda: masked(dist.Delta(torch.zeros(2))),
     "another beside a point": lambda: masked(dist.Delta(torch.zeros(2)), first=False),
-    "zeros": lambda: dist.ZeroInflatedDistribution(
-        dist.LogNormal(torch.zeros(2), 1.0), gate=torch.tensor(0.5)
-    ).to_event(1),
     "simplex": lambda: dist.Dirichlet(torch.ones(2)),
-    "circle": lambda: dist.ProjectedNormal(torch.ones(2)),
     "flow on a simplex": lambda: InterpolantDistribution(
         random_flow(1), support=dist.constraints.simplex
-    ),
-    "flow from counts": lambda: InterpolantDistribution(
-        random_flow(2), WITHOUT_DENSITY["counts"]()
     ),
     "of another library": lambda: ExternalBase(torch.distributions.Dirichlet(torch.ones(2))),
 }
@@ -665,33 +552,29 @@ def test_a_base_of_points_or_without_volume_has_no_density(name):
 
 
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")
-@pytest.mark.parametrize("name", ["counts", "simplex"])
-def test_without_a_density_of_the_base_the_loss_judges(name):
-    flow = InterpolantDistribution(interpolant_transform(2, (8,)), WITHOUT_DENSITY[name]())
+def test_without_a_density_of_the_base_the_loss_judges():
+    flow = InterpolantDistribution(interpolant_transform(2, (8,)), WITHOUT_DENSITY["counts"]())
     report = fit(flow, torch.randn(200, 2), **{**QUICK, "steps": 3}).report
     assert (report.held_out, report.log_prob_error) == (None, None)
     assert flow.sample((4,)).shape == (4, 2)
 
 
-def test_a_base_of_columns_of_either_kind_has_a_density():
-    base = masked(dist.Laplace(torch.zeros(2), 1.0))
-    flow, x = InterpolantDistribution(interpolant_transform(2, (8,)), base), torch.randn(4, 2)
-    torch.testing.assert_close(flow.log_prob(x), base.log_prob(x))
-
-
-def test_transforms_to_all_real_vectors_leave_a_density():
+def test_bases_that_are_made_of_others_have_their_density():
+    """Columns of either kind; and an image of a simplex that is all real vectors."""
     logits = dist.transforms.StickBreakingTransform().inv
-    base = dist.TransformedDistribution(dist.Dirichlet(torch.ones(3)), [logits])
-    flow = InterpolantDistribution(interpolant_transform(2, (8,)), base)  # the identity
-    x = torch.randn(4, 2)
-    assert flow.has_density()
-    torch.testing.assert_close(flow.log_prob(x), base.log_prob(x.clone()))
+    for base in (
+        masked(dist.Laplace(torch.zeros(2), 1.0)),
+        dist.TransformedDistribution(dist.Dirichlet(torch.ones(3)), [logits]),
+    ):
+        flow = InterpolantDistribution(interpolant_transform(2, (8,)), base)  # the identity
+        x = torch.randn(4, 2)
+        assert flow.has_density()
+        torch.testing.assert_close(flow.log_prob(x), base.log_prob(x.clone()))
 
 
 BOUNDED = {
     "uniform": (dist.Uniform(torch.zeros(2), torch.ones(2)).to_event(1), 2.0),
     "exponential": (dist.Exponential(torch.ones(2)).to_event(1), -1.0),
-    "log-normal": (dist.LogNormal(torch.zeros(2), torch.ones(2)).to_event(1), -0.5),
     "mixture": (
         dist.MixtureSameFamily(
             dist.Categorical(torch.ones(3)),
@@ -723,9 +606,8 @@ def test_a_density_is_zero_where_the_base_has_none(name):
 def test_a_bounded_base_ends_no_training():
     base = dist.Uniform(torch.zeros(2), torch.ones(2)).to_event(1)
     flow = InterpolantDistribution(interpolant_transform(2, (8, 8)), base)
-    options = {**QUICK, "steps": 150, "progress": True}
     with pytest.warns(UserWarning, match="held out has density zero"):
-        result = fit(flow, torch.randn(400, 2), **options)  # with looks that glimpse
+        result = fit(flow, torch.randn(400, 2), **{**QUICK, "steps": 150})
     assert result.stopped_by == "schedule"
     assert result.solver.steps < 256  # by the rows that have a density
     assert result.report.log_prob_error < 1e-2  # the default tolerance, nats
@@ -736,16 +618,12 @@ def images():
     normal = dist.Normal(torch.zeros(2), 1.0)
     exp, sigmoid = dist.transforms.ExpTransform(), dist.transforms.SigmoidTransform()
     affine = dist.transforms.AffineTransform
-    logit = [sigmoid, affine(-1.0, 2.0)]
+    composed = dist.transforms.ComposeTransform([sigmoid, affine(-1.0, 2.0)])
     return {
         "below": dist.TransformedDistribution(normal, [exp, affine(1.0, -2.0)]).to_event(1),
-        "between": dist.TransformedDistribution(normal.to_event(1), logit),
-        "composed": dist.TransformedDistribution(normal, [dist.transforms.ComposeTransform(logit)])
-        .expand((3, 2))
-        .to_event(1),
+        "composed": dist.TransformedDistribution(normal, [composed]).expand((3, 2)).to_event(1),
         "composed for vectors": dist.TransformedDistribution(
-            normal,
-            [dist.transforms.IndependentTransform(dist.transforms.ComposeTransform(logit), 1)],
+            normal, [dist.transforms.IndependentTransform(composed, 1)]
         ),
         "nested": dist.TransformedDistribution(
             dist.TransformedDistribution(normal, [exp]).to_event(1),
@@ -770,7 +648,6 @@ def test_behind_several_transforms_a_base_has_a_density_where_its_draws_are(name
     assert torch.equal(found == -math.inf, ~within)
     total = found[within].sum() + x.sum()  # that of uniform ones is constant
     assert bool(torch.autograd.grad(total, x)[0].isfinite().all())
-    assert has_bounds(base)
     draws = base.sample((5,))
     torch.testing.assert_close(base_log_prob(base, draws), base.log_prob(draws))
 
@@ -780,13 +657,6 @@ def test_a_batch_of_bounds_is_one_of_densities():
     base = dist.Uniform(low, low + 1).to_event(1)
     found = base_log_prob(base, torch.full((2,), 0.5))
     assert torch.equal(found, torch.tensor([0.0, -math.inf, -math.inf]))
-
-
-def test_an_affine_image_of_real_vectors_has_no_bounds():
-    shifted = [dist.transforms.AffineTransform(1.0, 2.0)]
-    base = dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0), shifted).to_event(1)
-    assert not has_bounds(base)
-    assert bool(base_log_prob(base, torch.randn(5, 2)).isfinite().all())
 
 
 def test_a_move_to_where_it_is_already_leaves_a_base_to_be_trained():
@@ -819,9 +689,6 @@ TRANSFORMED = {
     "log-normal": lambda zero: dist.LogNormal(zero, zero + 1.0).to_event(1),
     "inverse": lambda zero: dist.TransformedDistribution(
         dist.LogNormal(zero, zero + 1.0), [dist.transforms.ExpTransform().inv]
-    ).to_event(1),
-    "affine": lambda zero: dist.TransformedDistribution(
-        dist.Laplace(zero, zero + 1.0), [dist.transforms.AffineTransform(zero + 2.0, zero - 0.5)]
     ).to_event(1),
 }
 

@@ -20,7 +20,7 @@ from pyro_interpolant import (
     circular,
     interpolant_transform,
 )
-from pyro_interpolant.distributions import quasi_random, summaries
+from pyro_interpolant.distributions import summaries
 from pyro_interpolant.distributions.constraints import shaped
 from pyro_interpolant.training.preprocessing import marginal_transform
 from pyro_interpolant.transforms.gaussianize import Gaussianized
@@ -78,13 +78,14 @@ def test_moments_on_a_support_are_those_of_its_values():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SUPPORTS)
-def test_moments_agree_with_plain_draws_on_every_support(name):
+@pytest.mark.parametrize(
+    "name",
+    ["interval", "simplex", "corr_cholesky", "ordered_vector", "scalar", "stack in a shape"],
+)
+def test_moments_agree_with_plain_draws_on_supports(name):
     case = SUPPORTS[name]
-    if name in ("tempered", "gaussianized", "gaussianized stack"):
-        pytest.skip("their tails are long: plain draws tell nothing")
     d = InterpolantDistribution(random_flow(case.dim, (8, 8)), support=case.support).freeze()
-    x, found = d.sample((20_000,)), d.moments()
+    x, found = d.sample((5000,)), d.moments()
     error = 5 * x.std(0) / math.sqrt(len(x)) + 5 * found.mean_stderr + 1e-9
     assert found.mean.shape == d.event_shape
     assert ((found.mean - x.mean(0)).abs() < error).all()
@@ -94,18 +95,20 @@ def test_moments_agree_with_plain_draws_on_every_support(name):
 
 
 @pytest.mark.slow
-def test_moments_have_the_shape_of_batch_and_context():
+def test_moments_have_the_shape_of_batch_and_context(monkeypatch):
+    monkeypatch.setattr(summaries, "_DRAWS", 64)
     d = normal().expand((3,))
     assert d.mean.shape == d.variance.shape == (3, 2)
     close(d.mean[0], d.mean[2])
-    flow = random_flow(2, (8, 8), context_dim=3, solver=FixedGrid(12))
-    given = InterpolantDistribution(flow.condition(torch.randn(4, 3)))
-    found = given.moments()
+    flow = random_flow(2, (8, 8), context_dim=3, solver=FixedGrid(2))
+    family, context = ConditionalInterpolantDistribution(flow).freeze(), torch.randn(4, 3)
+    found = family.condition(context).moments()
     assert found.mean.shape == (4, 2)
     assert found.entropy.shape == (4,)
-    again = given.sample((20_000,))
-    error = 5 * again.std(0) / 140 + 5 * found.mean_stderr
-    assert ((found.mean - again.mean(0)).abs() < error).all()
+    alone = torch.stack([family.condition(c).mean for c in context])
+    assert torch.allclose(found.mean, alone)
+    each = torch.func.vmap(lambda c: family.condition(c).mean)(context)
+    assert torch.allclose(found.mean, each)
 
 
 def test_means_of_many_scalars_are_read_off_their_quantiles(monkeypatch):
@@ -133,48 +136,22 @@ def test_a_batch_of_no_members_has_summaries_of_its_shape():
     assert one.cdf(none).shape == one.icdf(none).shape == one.support.check(none).shape == (0,)
     row = normal(1)  # of event shape (1,), whose support torch cannot check without rows
     assert row.cdf(none[:, None]).shape == row.icdf(none).shape[:-1] == (0,)
-    value, log_det = one.from_flow(torch.empty(0, 4, 1))
-    assert value.shape == log_det.shape == (0, 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_points_of_the_moments_are_the_same_in_any_default_type(dtype):
-    like = torch.zeros(3)
-    expected = quasi_random.normal_points(like, 16)
-    torch.set_default_dtype(dtype)
-    close(quasi_random.normal_points(like, 16), expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("number", [torch.nan, torch.inf])
-def test_moments_given_a_context_that_is_not_finite_are_refused(number):
-    flow = random_flow(1, (8,), context_dim=2, solver=FixedGrid(2))
-    given = ConditionalInterpolantDistribution(flow).condition(
-        torch.tensor([[0.0, 1.0], [0.0, number]])
-    )
+def test_moments_given_contexts_that_are_not_finite(monkeypatch):
+    monkeypatch.setattr(summaries, "_DRAWS", 16)
+    family, context = random_flow(2, (8,), context_dim=1), torch.tensor([[0.0], [math.nan]])
+    given = InterpolantDistribution(family.condition(context))
     with pytest.raises(ValueError, match="finite contexts.*1 rows, the first being row 1"):
         given.mean  # noqa: B018
-    with pytest.raises(ValueError, match="finite contexts"):
-        given.entropy()
-
-
-def test_moments_of_arguments_that_are_not_checked_may_be_unknown():
-    family = random_flow(2, (8,), context_dim=1, solver=FixedGrid(2))
-    context = torch.tensor([[0.0], [math.nan]])
     found = InterpolantDistribution(family.condition(context), validate_args=False).moments()
     assert found.mean.isfinite().all(1).tolist() == [True, False]
     assert found.entropy.isfinite().tolist() == [True, False]
 
 
 @pytest.mark.slow
-def test_moments_of_each_context_by_vmap():
-    flow = random_flow(2, (8, 8), context_dim=3, solver=FixedGrid(2))
-    family, context = ConditionalInterpolantDistribution(flow).freeze(), torch.randn(2, 3)
-    found = torch.func.vmap(lambda c: family.condition(c).mean)(context)
-    assert torch.allclose(found, family.condition(context).mean)
-
-
-@pytest.mark.slow
-def test_a_moment_that_does_not_exist_is_not_invented():
+def test_a_moment_that_does_not_exist_is_not_invented(monkeypatch):
+    monkeypatch.setattr(summaries, "_DRAWS", 64)
     wild = dist.Cauchy(torch.zeros(2), torch.ones(2)).to_event(1)
     assert normal(base=wild).mean.isnan().all()
     heavy = dist.StudentT(torch.full((2,), 1.5)).to_event(1)
@@ -184,51 +161,39 @@ def test_a_moment_that_does_not_exist_is_not_invented():
     assert d.to(torch.float32).mean.dtype == torch.float32
 
 
-LIGHT = {
-    "normal": lambda: dist.Normal(torch.zeros(1), 0.5),
-    "uniform": lambda: dist.Uniform(torch.zeros(1), 1.0),
-    "mixture": lambda: dist.MixtureSameFamily(
-        dist.Categorical(torch.ones(1, 2)), dist.Normal(torch.zeros(1, 2), 0.5)
+TAILS = {  # a base, and whether its tails are light
+    "normal": (lambda: dist.Normal(torch.zeros(1), 0.5), True),
+    "half normal": (lambda: dist.HalfNormal(torch.ones(1)), True),
+    "multivariate": (
+        lambda: dist.MultivariateNormal(torch.zeros(1), torch.eye(1)).expand(()),
+        True,
     ),
-}
-HEAVY = {
-    "student": lambda: dist.StudentT(torch.full((1,), 5.0)),
-    "laplace": lambda: dist.Laplace(torch.zeros(1), 2.0),
-}
-
-
-@pytest.mark.parametrize(
-    "base",
-    [
-        dist.HalfNormal(torch.ones(2)),
-        dist.MultivariateNormal(torch.zeros(2), torch.eye(2)),
-        dist.LowRankMultivariateNormal(torch.zeros(2), torch.ones(2, 1), torch.ones(2)),
-        dist.MixtureOfDiagNormals(torch.zeros(3, 2), torch.ones(3, 2), torch.zeros(3)),
-        dist.MixtureOfDiagNormalsSharedCovariance(
-            torch.zeros(3, 2), torch.ones(2), torch.zeros(3)
+    "mixture": (
+        lambda: dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(1, 2)), dist.Normal(torch.zeros(1, 2), 0.5)
         ),
-    ],
-    ids=lambda base: type(base).__name__,
-)
-def test_tails_of_normal_laws_are_light(base):
-    base = base if base.event_shape else base.to_event(1)
-    d = InterpolantDistribution(interpolant_transform(2, (8,)), base, support=constraints.positive)
-    assert summaries._undefined(d) == (0.0, 0.0)
+        True,
+    ),
+    "student": (lambda: dist.StudentT(torch.full((1,), 5.0)), False),
+    "laplace": (lambda: dist.Laplace(torch.zeros(1), 2.0), False),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*LIGHT, *HEAVY])
-def test_moments_on_an_unbounded_support_need_light_tails(name):
-    make = {**LIGHT, **HEAVY}[name]
+@pytest.mark.parametrize("name", TAILS)
+def test_moments_on_an_unbounded_support_need_light_tails(name, monkeypatch):
+    monkeypatch.setattr(summaries, "_DRAWS", 64)
+    make, light = TAILS[name]
 
     def flow(base, support=constraints.real):
         transform = interpolant_transform(1, (8,), solver=FixedGrid(1, "euler"))
         return InterpolantDistribution(transform, base, support=support).freeze()
 
-    base = make().to_event(1)
+    base = make()
+    base = base if base.event_shape else base.to_event(1)
     for given in (base, flow(base)):
         found = flow(given, constraints.positive).moments()
-        assert bool(torch.cat(found[:4]).isfinite().all()) == (name in LIGHT)
+        assert bool(torch.cat(found[:4]).isfinite().all()) == light
         assert found.entropy.isfinite()
     assert flow(flow(base, constraints.unit_interval), constraints.positive).mean.isfinite()
     assert flow(base, constraints.softplus_positive).variance.isfinite()  # which grows as x does
@@ -244,7 +209,6 @@ CAUCHY = torch.distributions.Independent(torch.distributions.Cauchy(torch.zeros(
 UNSTATED = {  # a base, and whether it has a mean and a variance
     "external Cauchy": (lambda: ExternalBase(CAUCHY), False),
     "a map in an external one": (lambda: ExternalBase(squashed(2.0, CAUCHY)), False),
-    "moved Cauchy": (lambda: squashed(2.0, dist.Cauchy(0.0, 1.0).expand((1,)).to_event(1)), False),
     "exp of Cauchy": (
         lambda: squashed(1.0, dist.Cauchy(0.0, 1.0).expand((1,))).to_event(1),
         False,
@@ -253,7 +217,6 @@ UNSTATED = {  # a base, and whether it has a mean and a variance
         lambda: squashed(2.0, dist.Laplace(0.0, 1.0).expand((1,))).to_event(1),
         True,
     ),
-    "exp of normal": (lambda: squashed(1.0, dist.Normal(0.0, 1.0).expand((1,))).to_event(1), True),
     "on an interval": (
         lambda: dist.RelaxedBernoulli(torch.tensor(0.5), probs=torch.full((1,), 0.3)).to_event(1),
         True,
@@ -273,12 +236,17 @@ def test_a_base_that_does_not_state_its_moments_has_those_of_what_it_is_made_of(
 
 
 @pytest.mark.slow
-def test_each_part_of_a_support_has_its_moments():
+def test_each_part_of_a_support_has_its_moments(monkeypatch):
+    monkeypatch.setattr(summaries, "_DRAWS", 64)
     parts = [constraints.real, constraints.unit_interval, constraints.positive]
     heavy = dist.StudentT(torch.full((3,), 5.0)).to_event(1)
     transform = interpolant_transform(3, (8,))
     d = InterpolantDistribution(transform, heavy, support=constraints.stack(parts, dim=-1))
     assert d.freeze().mean.isfinite().tolist() == [True, True, False]
+    wild = dist.StudentT(1.0).expand((1,)).to_event(1)
+    d = normal(1, base=wild, support=constraints.unit_interval)
+    assert 0 < d.mean < 1
+    assert 0 < d.variance < 0.25
 
 
 @pytest.mark.slow
@@ -317,9 +285,10 @@ def test_an_entropy_keeps_no_graph_of_all_its_draws(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_base_without_gradients_of_draws_gives_none_rather_than_a_part():
+def test_a_base_without_gradients_of_draws_gives_none_rather_than_a_part(monkeypatch):
     scale = torch.ones(2, 2, requires_grad=True)
     parts = dist.Normal(torch.zeros(2, 2), scale).to_event(1)
+    monkeypatch.setattr(summaries, "_DRAWS", 64)
     d = normal(base=dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts))
     assert not d.base.has_rsample
     assert not any(value.requires_grad for value in d.moments())
@@ -328,31 +297,16 @@ def test_a_base_without_gradients_of_draws_gives_none_rather_than_a_part():
     assert torch.autograd.grad(d.entropy(), scale, allow_unused=True)[0] is None
 
 
-@pytest.mark.slow
-def test_angles_have_an_entropy_and_no_mean():
+def test_angles_have_an_entropy_and_no_mean(monkeypatch):
+    monkeypatch.setattr(summaries, "_DRAWS", 64)
     d = InterpolantDistribution(angular_flow(), UniformTorus(2), support=circular)
     assert d.entropy() < 2 * math.log(2 * math.pi)
     for name in ("mean", "variance"):
         with pytest.raises(NotImplementedError, match="where the circle is cut"):
             getattr(d, name)
-
-
-def test_moments_of_angles_are_not_those_of_a_circle_cut_somewhere():
-    d = InterpolantDistribution(angular_flow(), support=circular)
-    d.transform.solver = FixedGrid(steps=1)
     *of_values, entropy, error = d.moments()
     assert bool(torch.stack(of_values).isnan().all())
     assert bool(torch.stack((entropy, error)).isfinite().all())
-
-
-def test_the_cdf_takes_frames_by_name_and_refuses_other_shapes():
-    pandas = pytest.importorskip("pandas")
-    x = torch.randn(40, 1)
-    d = InterpolantDistribution(random_flow(1)).freeze()
-    d.columns = ("a",)
-    close(d.cdf(pandas.DataFrame({"a": x[:, 0].numpy()})), d.cdf(x))
-    with pytest.raises(ValueError, match=r"shape \(\*, 1\), got \(40,\)"):
-        d.cdf(x[:, 0])
 
 
 def test_the_cdf_of_a_normal_is_the_closed_form():
@@ -380,9 +334,17 @@ def test_many_quantiles_of_a_base_with_a_batch():
     assert d.sample((200,)).shape == (200, 3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SCALARS)
-@pytest.mark.parametrize("base", ["none", "laplace", "flow"])
+PAIRS = [  # of a support and a base
+    pytest.param("real", "flow", marks=pytest.mark.slow),
+    pytest.param("positive", "laplace", marks=pytest.mark.slow),
+    ("below 2", "none"),
+    pytest.param("below 2", "flow", marks=pytest.mark.slow),
+    ("interval", "none"),
+    ("softplus", "laplace"),
+]
+
+
+@pytest.mark.parametrize(("name", "base"), PAIRS)
 def test_cdf_and_icdf_are_inverse_and_the_integral_of_the_density(name, base):
     support = SCALARS[name]
     given = {
@@ -404,7 +366,7 @@ def test_cdf_and_icdf_are_inverse_and_the_integral_of_the_density(name, base):
     close(mass, d.cdf(grid[-1]) - d.cdf(grid[0]), rtol=0, atol=2e-4)
     d.transform.solver = FixedGrid(8)  # shares of draws do not need the nodes of integrals
     share = (d.sample((20_000,)) <= x[25]).double().mean()
-    close(share, q[25], rtol=0, atol=0.02)
+    close(share, q[25], rtol=0, atol=0.018)  # five standard errors
 
 
 def test_derivatives_of_quantiles_are_those_of_the_density():
@@ -444,7 +406,6 @@ def test_the_ends_of_the_support():
 BOUNDED = {  # a base, and the ends of its support
     "uniform": (lambda: dist.Uniform(torch.tensor([-1.0]), 1.0).to_event(1), (-1.0, 1.0)),
     "exponential": (lambda: dist.Exponential(torch.ones(1)).to_event(1), (0.0, math.inf)),
-    "log-normal": (lambda: dist.LogNormal(torch.zeros(1), 1.0).to_event(1), (0.0, math.inf)),
     "below one": (
         lambda: dist.TransformedDistribution(
             dist.Normal(torch.zeros(1), 1.0), [ExpTransform(), AffineTransform(1.0, -2.0)]
@@ -458,8 +419,10 @@ BOUNDED = {  # a base, and the ends of its support
 }
 
 
-@pytest.mark.parametrize("turns", [False, True])
-@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize(
+    ("name", "turns"),
+    [("uniform", True), ("exponential", False), ("below one", True), ("a flow", False)],
+)
 def test_quantiles_of_a_bounded_base_end_at_the_images_of_its_ends(name, turns):
     base, ends = BOUNDED[name][0](), torch.tensor(BOUNDED[name][1])[:, None]
     support = constraints.less_than(2.0) if turns else constraints.real
@@ -503,10 +466,11 @@ def test_bases_without_quantiles_are_named():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["real", "below 2"])
-@pytest.mark.parametrize("base", [None, dist.Normal(torch.zeros(1), 1.0).to_event(1)])
-@pytest.mark.parametrize("scale", [2.0, -2.0])
-def test_quantiles_increase_whatever_turns(name, base, scale):
+@pytest.mark.parametrize(
+    ("name", "normal_base", "scale"), [("real", True, -2.0), ("below 2", False, -2.0)]
+)
+def test_quantiles_increase_whatever_turns(name, normal_base, scale):
+    base = dist.Normal(torch.zeros(1), 1.0).to_event(1) if normal_base else None
     d = scalar(SCALARS[name], base=base)
     d.transform.flow.whitening.set(torch.ones(1), torch.tensor([[scale]]))
     x = d.icdf(torch.linspace(0, 1, 6))
@@ -533,18 +497,6 @@ def test_quantiles_between_bounds_of_each_context():
         family.condition(context[3]), support=constraints.interval(low[3], low[3] + 1)
     )
     close(one.icdf(q[:, 0]), x[:, 3])
-
-
-def test_quantiles_given_contexts_come_in_one_batch():
-    family = random_flow(1, (16, 16), context_dim=2, solver=FixedGrid(12))
-    context = torch.randn(7, 2)
-    d = InterpolantDistribution(family.condition(context), event_shape=())
-    q = torch.linspace(0.05, 0.95, 9)[:, None]
-    x = d.icdf(q)
-    assert x.shape == (9, 7)
-    one = InterpolantDistribution(family.condition(context[3]), event_shape=())
-    close(one.icdf(q[:, 0]), x[:, 3])
-    close(d.cdf(x), q.expand(9, 7), rtol=0, atol=1e-4)
 
 
 def test_quantiles_are_those_of_one_real_number():
@@ -576,24 +528,12 @@ def test_infinity_edges_and_batches_of_a_cdf():
 
 
 @pytest.mark.parametrize("support", [constraints.real, constraints.nonnegative])
-@pytest.mark.parametrize(
-    "base", [None, dist.Normal(torch.zeros(1), 1.0, validate_args=False).to_event(1)]
-)
-def test_the_cdf_given_what_is_unknown_is_unknown(support, base):
+def test_the_cdf_given_what_is_unknown_is_unknown(support):
     flow = random_flow(1, (8,), context_dim=1, solver=FixedGrid(4))
-    d = ConditionalInterpolantDistribution(flow, base, support=support).freeze()
+    d = ConditionalInterpolantDistribution(flow, support=support).freeze()
     at, y = d.condition(torch.tensor([[0.0], [math.nan]])), torch.tensor([[0.7], [3.0]])
     assert at.cdf(y[..., None]).isnan().tolist() == [[False, True]] * 2
     assert at.cdf(torch.zeros(1))[0].isfinite()  # also on an edge
-
-
-@pytest.mark.slow
-def test_values_within_bounds_have_all_moments():
-    d = normal(
-        1, base=dist.StudentT(1.0).expand((1,)).to_event(1), support=constraints.unit_interval
-    )
-    assert 0 < d.mean < 1
-    assert 0 < d.variance < 0.25
 
 
 @pytest.mark.slow
@@ -613,8 +553,8 @@ def test_moments_of_more_dimensions_than_sobol_points_have(monkeypatch):
     assert bool((draws.mean_stderr > 3 * net.mean_stderr).all())
 
 
-@pytest.mark.parametrize("support", [constraints.real, constraints.positive])
-def test_scalars_behind_a_map_of_their_column_have_events_of_no_dimension(support):
+def test_scalars_behind_a_map_of_their_column_have_events_of_no_dimension():
+    support = constraints.positive
     rows = biject_to(support)(torch.randn(400, 1).sinh())
     gaussianizer = marginal_transform(biject_to(support).inv(rows))
     support = Gaussianized(shaped(support, ()), gaussianizer)  # as from_samples has it
@@ -627,15 +567,14 @@ def test_scalars_behind_a_map_of_their_column_have_events_of_no_dimension(suppor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("members", [3, 512])  # as many as there are draws in a set, too
-def test_moments_of_members_with_bounds_of_their_own(members):
+def test_moments_of_members_with_bounds_of_their_own():
+    members = 512  # as many as there are draws in a set, too
     low = torch.arange(float(members))[:, None].expand(members, 2)
     flow = InterpolantDistribution(
         interpolant_transform(2, (8,)), support=constraints.interval(low, low + 1)
     ).freeze()
     assert flow.batch_shape == (members,)
     assert torch.allclose(flow.mean, low + 0.5, atol=1e-2)
-    assert flow.entropy().shape == (members,)
 
 
 @pytest.mark.parametrize("base", [dist.Gamma, dist.Beta])
@@ -649,8 +588,8 @@ def test_a_base_that_is_singular_at_an_edge_has_a_finite_entropy(base):
     assert bool(d.log_prob(d.sample((20_000,))).isfinite().all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_small_probabilities_are_kept_where_the_map_falls(dtype):
+def test_small_probabilities_are_kept_where_the_map_falls():
+    dtype = torch.float32
     transform = interpolant_transform(1, (8,)).to(dtype)
     transform.flow.whitening.set(torch.full((1,), 0.3), torch.full((1, 1), 1.5))
     below = constraints.less_than(2.0)
@@ -661,10 +600,9 @@ def test_small_probabilities_are_kept_where_the_map_falls(dtype):
     close(d.cdf(exact.to(dtype)), q.to(dtype), rtol=2e-4)
 
 
-@pytest.mark.parametrize("base", ["none", "normal", "flow"])
+@pytest.mark.parametrize("base", ["none", "flow"])
 def test_probabilities_in_a_finer_type_than_the_flow_are_not_rounded_to_its_own(base):
-    standard = {"none": None, "normal": dist.Normal(torch.zeros(1), 1.0).to_event(1)}
-    start = standard.get(base, InterpolantDistribution(interpolant_transform(1, (8,))))
+    start = InterpolantDistribution(interpolant_transform(1, (8,))) if base == "flow" else None
     below = constraints.less_than(2.0)
     d = InterpolantDistribution(interpolant_transform(1, (8,)), start, support=below)
     q = torch.tensor([1 - 1e-9, 1e-9, 0.0, 1.0], dtype=torch.float64)  # the first is 1 in float32

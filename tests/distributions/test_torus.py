@@ -6,7 +6,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CountingSolver, slow_but
 from pyro.infer import MCMC, NUTS, Predictive
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from torch import nn
@@ -29,15 +28,7 @@ from pyro_interpolant import (
     load,
     save,
 )
-from pyro_interpolant.diffusion.scores import score
 from pyro_interpolant.distributions.bases import Planar, directions, in_planes
-from pyro_interpolant.distributions.constraints import bijection
-from pyro_interpolant.distributions.joint import sites_of
-from pyro_interpolant.distributions.part_description import (
-    build_constraint,
-    describe_constraint,
-)
-from pyro_interpolant.distributions.supports import _Wrap as Wrap
 from pyro_interpolant.interpolants.nonlinear import wrap
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
@@ -120,7 +111,7 @@ class Mixture:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_wrap_is_the_identity_in_range_and_takes_whole_turns_off(dtype):
+def test_wrap_takes_whole_turns_off_and_has_slope_one(dtype):
     x = wrap((20 * torch.rand(5000) - 10).to(dtype))
     pi = torch.tensor(math.pi, dtype=dtype)
     near = [torch.nextafter(s * pi, s * e * pi) for s in (1, -1) for e in (0, 2)]
@@ -133,12 +124,8 @@ def test_wrap_is_the_identity_in_range_and_takes_whole_turns_off(dtype):
         assert torch.equal(wrap(w), w)
     assert torch.equal(wrap(x), x)
     assert float(wrap(pi)) == -float(pi)
-
-
-def test_wrap_has_slope_one():
-    x = 20 * torch.rand(50) - 10
-    assert torch.equal(torch.func.grad(lambda x: wrap(x).sum())(x), torch.ones(50))
-    assert torch.equal(torch.func.jvp(wrap, (x,), (torch.ones(50),))[1], torch.ones(50))
+    assert torch.equal(torch.func.grad(lambda x: wrap(x).sum())(x), torch.ones_like(x))
+    assert torch.equal(torch.func.jvp(wrap, (x,), (x,))[1], x)
 
 
 def test_the_geodesic_joins_its_ends_by_the_shorter_way():
@@ -146,14 +133,9 @@ def test_the_geodesic_joins_its_ends_by_the_shorter_way():
     for t, end in ((0.0, x0), (1.0, x1)):
         x_t, dx_t = Geodesic().sample(torch.tensor(t), x0, x1)
         torch.testing.assert_close(wrap(x_t - end), torch.zeros_like(x_t), rtol=0, atol=1e-14)
-        assert float(dx_t.abs().max()) <= math.pi
     assert bool(((x1 - x0).abs() > math.pi).any())  # some go through the seam
     shorter = torch.minimum((x1 - x0).abs(), TURN - (x1 - x0).abs())
     torch.testing.assert_close(dx_t.abs(), shorter)
-
-
-def test_the_geodesic_does_not_care_for_whole_turns():
-    x0, x1 = TURN * torch.rand(2, 200, 3) - math.pi
     t = torch.rand(200)
     x_t, dx_t = Geodesic().sample(t, x0, x1)
     turns = TURN * torch.randint(-2, 3, (2, 200, 3))
@@ -170,49 +152,42 @@ def test_the_slope_of_the_geodesic_is_that_of_its_schedule():
     ahead, behind = (interpolant.sample(t + s, x0, x1)[0] for s in (1e-6, -1e-6))
     _, dx_t = interpolant.sample(t, x0, x1)
     torch.testing.assert_close(dx_t, (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-8)
-    expanded = torch.tensor(0.3).expand(8, 5)
-    for got, expected in zip(
-        interpolant.sample(expanded, x0, x1),
-        interpolant.sample(torch.tensor(0.3), x0, x1),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, expected)
 
 
 def test_the_geodesic_is_a_value_and_is_not_linear():
     assert Geodesic() == Geodesic()
     assert hash(Geodesic()) == hash(Geodesic())
-    assert not Geodesic().has_latent()
-    Geodesic().check_ends(3)
     with pytest.raises(TypeError, match="Geodesic is not linear: it has no coefficients"):
         Geodesic().coefficients(torch.tensor(0.5))
     with pytest.raises(ValueError, match=r"0 at t = 0 and 1 at t = 1, got \[0.0, 2.0\]"):
         Geodesic(lambda t: 2 * t).check_ends(3)
-    with pytest.raises(ValueError, match="linear"):
-        score(random_angles(2), 0.5, torch.zeros(1, 2))
 
 
 # ---- the velocity -------------------------------------------------------------------------------
 
-DEPTHS = {"one": (12,), "two": (12, 10), "residual": (12, 12, 12), "tapered": (12, 12, 8)}
 
-
-@pytest.mark.parametrize("hidden_dims", DEPTHS.values(), ids=DEPTHS)
-@pytest.mark.parametrize("context_dim", [0, 3])
-def test_the_divergence_is_the_trace_of_the_jacobian(hidden_dims, context_dim):
+@pytest.mark.parametrize(
+    ("hidden_dims", "context_dim"),
+    [((12,), 3), ((12, 10), 0), ((12, 12, 12), 3), ((12, 12, 8), 0)],
+)
+def test_the_divergence_is_the_trace_and_the_velocity_periodic(hidden_dims, context_dim):
     velocity = random_velocity(3, hidden_dims, context_dim)
     t, x = torch.rand(20), 10 * torch.randn(20, 3)
-    context = torch.randn(20, context_dim) if context_dim else None
-    v, divergence = velocity.forward_and_divergence(t, x, context)
+    context = torch.randn(20, context_dim)
+    given = context if context_dim else None
+    v, divergence = velocity.forward_and_divergence(t, x, given)
 
     def one(t, x, c):
         return velocity(t, x, c if context_dim else None)
 
-    c = torch.zeros(20, 0) if context is None else context
-    jacobian = torch.func.vmap(torch.func.jacrev(one, argnums=1))(t, x, c)
+    jacobian = torch.func.vmap(torch.func.jacrev(one, argnums=1))(t, x, context)
     torch.testing.assert_close(divergence, jacobian.diagonal(dim1=-2, dim2=-1).sum(-1))
-    torch.testing.assert_close(v, velocity(t, x, context))
+    torch.testing.assert_close(v, velocity(t, x, given))
     assert bool((divergence.abs() > 1e-4).all())
+    for shift in TURN * torch.eye(3):
+        there = velocity.forward_and_divergence(t, x + shift, given)
+        torch.testing.assert_close(there, (v, divergence), rtol=1e-12, atol=1e-12)
+        assert not torch.allclose(velocity(t, x + 0.5 * shift, given), v)
 
 
 def test_times_broadcast_and_the_field_is_the_velocity():
@@ -225,29 +200,6 @@ def test_times_broadcast_and_the_field_is_the_velocity():
         torch.testing.assert_close(velocity(t[i, 0], x[i]), together[i])
 
 
-@pytest.mark.parametrize("coordinate", [0, 1, 2])
-def test_the_velocity_is_periodic_in_every_coordinate(coordinate):
-    velocity = random_velocity(3, (12, 12, 12))
-    t, x = torch.rand(50), torch.randn(50, 3)
-    shift = torch.zeros(3)
-    shift[coordinate] = TURN
-    for here, there in zip(
-        velocity.forward_and_divergence(t, x),
-        velocity.forward_and_divergence(t, x + shift),
-        strict=True,
-    ):
-        torch.testing.assert_close(there, here, rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(velocity(t, x), velocity(t, x + 0.5 * shift))
-
-
-def test_there_is_no_gate_but_contexts_are_scaled():
-    velocity = random_velocity(2, context_dim=2)
-    velocity.set_scales(torch.randn(100, 2), 5 + 3 * torch.randn(100, 2))
-    assert (velocity.reach == math.inf).all()
-    assert float(velocity.context_loc.min()) > 3
-    assert type(velocity)(*velocity.arguments()).arguments() == (2, (16, 16), 2)
-
-
 # ---- the base -----------------------------------------------------------------------------------
 
 
@@ -255,55 +207,32 @@ def test_the_uniform_base():
     base = UniformTorus(3)
     x = base.sample((4000,))
     assert bool(((x >= -math.pi) & (x < math.pi)).all())
-    assert float(x.cos().mean(0).norm()) < 0.05
-    assert float(x.sin().mean(0).norm()) < 0.05
-    far = 20 * torch.randn(5, 3)
+    bound = 5 * (3 / 2 / 4000) ** 0.5  # of three means of cosines, five standard errors
+    assert float(x.cos().mean(0).norm()) < bound
+    assert float(x.sin().mean(0).norm()) < bound
+    far = (20 * torch.randn(5, 3)).requires_grad_()
     torch.testing.assert_close(base.log_prob(far), torch.full((5,), -3 * math.log(TURN)))
+    assert torch.equal(torch.autograd.grad(base.log_prob(far).sum(), far)[0], torch.zeros(5, 3))
     batch = base.expand((2, 1))
     assert batch.sample((4,)).shape == (4, 2, 1, 3)
     assert batch.log_prob(far).shape == (2, 5)
-    far.requires_grad_()
-    assert torch.equal(torch.autograd.grad(base.log_prob(far).sum(), far)[0], torch.zeros(5, 3))
-    small = base.expand((2,)).to(torch.zeros((), dtype=torch.float32))
-    assert small.sample().dtype == torch.float32
-    assert small.batch_shape == (2,)
-    assert base.sample().dtype == torch.float64
-    for dim in (0, "2"):
-        with pytest.raises(ValueError, match=f"event_dim >= 1, a whole number, got {dim!r}"):
-            UniformTorus(dim)
-
-
-def test_the_uniform_base_takes_its_own_number_of_angles():
-    for value in (torch.zeros(3), torch.full((2,), torch.nan)):
+    for value in (torch.zeros(2), torch.full((3,), torch.nan)):
         with pytest.raises(ValueError, match="value"):
-            UniformTorus(2, validate_args=True).log_prob(value)
+            UniformTorus(3, validate_args=True).log_prob(value)
 
 
-def test_the_density_of_a_von_mises_base_is_periodic():
-    x = torch.randn(10, 2)
-    base = von_mises(2)
-    torch.testing.assert_close(base.log_prob(x + TURN), base.log_prob(x))
-
-
-NOT_PERIODIC = {
-    "uniform": lambda: dist.Uniform(torch.full((2,), -math.pi), math.pi).to_event(1),
-    "normal": lambda: dist.Normal(torch.zeros(2), 2.0).to_event(1),
-    "normals": lambda: dist.Normal(torch.zeros(3, 2), 2.0).to_event(1),
-}
-
-
-@pytest.mark.parametrize("name", NOT_PERIODIC)
-def test_a_base_without_a_period_is_refused_and_changes_nothing(name):
+def test_a_base_without_a_period_is_refused_and_changes_nothing():
     message = "a base with a density of period 2 pi in every angle, such as VonMises, or None"
-    base = NOT_PERIODIC[name]()
+    normal = dist.Normal(torch.zeros(2), 2.0).to_event(1)
     with pytest.raises(ValueError, match=message):
-        random_angles(2, base)
+        random_angles(2, dist.Uniform(torch.full((2,), -math.pi), math.pi).to_event(1))
     with pytest.raises(ValueError, match=message):
-        ConditionalInterpolantDistribution(random_transform(2, (8,), 1), base, support=circular)
+        ConditionalInterpolantDistribution(random_transform(2, (8,), 1), normal, support=circular)
     model = random_angles(2, von_mises(2))
     kept = model.base
-    with pytest.raises(ValueError, match=message):
-        model.set_base(base)
+    for base in (normal, dist.Normal(torch.zeros(3, 2), 2.0).to_event(1)):
+        with pytest.raises(ValueError, match=message):
+            model.set_base(base)
     with pytest.raises(ValueError, match=r"\(2,\)"):
         model.set_base(von_mises(3))
     assert model.base is kept
@@ -349,36 +278,35 @@ def test_directions_have_a_slope_everywhere():
 # ---- the density --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
-@pytest.mark.parametrize(("dim", "count"), [(1, 200), pytest.param(2, 64, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("t", slow_but([0.4, 1.0], 1.0))
-def test_the_density_integrates_to_one_at_any_time(base, dim, count, t):
-    x, volume = grid(dim, count)
-    model = random_angles(dim, base(dim), solver=FixedGrid(steps=64))
+@pytest.mark.parametrize(
+    ("base", "dim", "t"), [("uniform", 1, 0.4), ("von Mises", 1, 1.0), ("von Mises", 2, 0.4)]
+)
+def test_the_density_integrates_to_one_at_any_time(base, dim, t):
+    x, volume = grid(dim, 200 if dim == 1 else 64)
+    model = random_angles(dim, BASES[base](dim), solver=FixedGrid(steps=64))
     with torch.no_grad():
         p = model.at(t).log_prob(x).exp()
     assert float(p.max() / p.min()) > 1.2
     assert float(p.sum() * volume) == pytest.approx(1.0, abs=1e-6)
+    if base == "von Mises":
+        torch.testing.assert_close(model.at(0.0).log_prob(x), von_mises(dim).log_prob(x))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
-@pytest.mark.parametrize("coordinate", [0, 1])
-def test_the_density_is_periodic_and_has_no_seam(base, coordinate):
+def test_the_density_is_periodic_and_has_no_seam(base):
     model = random_angles(2, base(2))
     lifted = InterpolantDistribution(model.transform, model.base)  # takes any real angle
-    x, shift = TURN * torch.rand(50, 2) - math.pi, torch.zeros(2)
-    shift[coordinate] = TURN
-    for turns in (1, -3):
-        torch.testing.assert_close(
-            lifted.log_prob(x + turns * shift), lifted.log_prob(x), rtol=1e-10, atol=1e-10
-        )
-    x[:, coordinate] = math.pi
-    below, above = x.clone(), x.clone()
-    below[:, coordinate] -= 1e-7
-    above[:, coordinate] = -math.pi + 1e-7
-    torch.testing.assert_close(model.log_prob(below), model.log_prob(above), rtol=0, atol=1e-5)
-    torch.testing.assert_close(model.score(below), model.score(above), rtol=0, atol=1e-5)
+    x = TURN * torch.rand(20, 2) - math.pi
+    for coordinate in (0, 1):
+        turns = torch.tensor([[1.0], [-3.0]]) * TURN * torch.eye(2)[coordinate]
+        there = lifted.log_prob(x + turns[:, None])
+        here = lifted.log_prob(x).expand(2, 20)
+        torch.testing.assert_close(there, here, rtol=1e-10, atol=1e-10)
+        below, above = x.clone(), x.clone()
+        below[:, coordinate] = math.pi - 1e-7
+        above[:, coordinate] = -math.pi + 1e-7
+        torch.testing.assert_close(model.log_prob(below), model.log_prob(above), rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.score(below), model.score(above), rtol=0, atol=1e-5)
 
 
 def test_the_wrapped_cauchy_density_is_reached():
@@ -392,12 +320,6 @@ def test_the_wrapped_cauchy_density_is_reached():
         exact = -(TURN * (a.cosh() + a.sinh() * y[:, 0].cos())).log()
         with torch.no_grad():
             torch.testing.assert_close(model.at(t).log_prob(y), exact, rtol=0, atol=1e-8)
-
-
-def test_time_zero_is_the_base():
-    model, x = random_angles(2, von_mises(2)), grid(2, 5)[0]
-    torch.testing.assert_close(model.at(0.0).log_prob(x), von_mises(2).log_prob(x))
-    assert bool(circular.check(model.at(0.0).sample((100,))).all())
 
 
 @pytest.mark.slow
@@ -414,14 +336,6 @@ def test_samples_are_in_range_and_follow_the_density(base):
     counts = torch.histc(x, 16, -math.pi, math.pi)
     chi_squared = float(((counts - expected) ** 2 / expected).sum())
     assert chi_squared < 44.3  # 15 degrees of freedom, one in ten thousand
-
-
-def test_a_sample_and_its_density_cost_one_solve():
-    solver = CountingSolver(FixedGrid(steps=64))
-    model = random_angles(2, solver=solver)
-    x, value = model.rsample_and_log_prob((50,))
-    assert solver.solves == 1
-    torch.testing.assert_close(value, model.log_prob(x.clone()), rtol=0, atol=1e-6)
 
 
 def test_gradients_pass_through_the_seam():
@@ -463,8 +377,6 @@ def test_contexts():
         p = one.log_prob(grid(2, 64)[0]).exp()
     assert float(p.sum()) * (TURN / 64) ** 2 == pytest.approx(1.0, abs=1e-6)
     many = model.condition(torch.randn(10, 3))
-    assert isinstance(many.base, UniformTorus)
-    assert bool(circular.check(many.sample()).all())
     assert many.at(0.5).log_prob(many.sample()).shape == (10,)
 
 
@@ -489,36 +401,30 @@ def test_circular_refuses_what_is_out_of_range():
 def test_circular_has_no_bijection():
     with pytest.raises(NotImplementedError, match=r"use base_space\(model\)"):
         biject_to(circular)
-    with pytest.raises(ValueError, match="bijective image of real vectors, got circular"):
-        bijection(circular)
-    with pytest.raises(ValueError, match="got circular: angles are learned as rows"):
-        sites_of({"phase": torch.zeros(3, 1)}, {"phase": circular})
     with pytest.raises(ValueError, match=r"x\[:, None\] of one angle each"):
         from_samples(torch.zeros(30), support=circular)
 
 
-def test_circular_in_files():
-    assert describe_constraint(copy.deepcopy(circular)) == "circular"
-    assert build_constraint("circular") is circular
-
-
-def test_wrapping_has_no_volume():
-    x = 10 * torch.randn(6, 2)
-    assert torch.equal(Wrap().log_abs_det_jacobian(x, Wrap()(x)), torch.zeros(6))
+def test_values_of_the_flow_are_wrapped_without_a_volume():
+    model, u = random_angles(2), 20 * torch.rand(50, 2) - 10
+    y, volume = model.from_flow(u)
+    assert bool(circular.check(y).all())
+    assert torch.equal(volume, torch.zeros(50))
+    turns = (u - model.to_flow(y)) / TURN
+    torch.testing.assert_close(turns, turns.round(), atol=1e-12, rtol=0)
 
 
 def test_only_flows_on_the_torus_have_the_support():
-    with pytest.raises(
-        ValueError, match=r"interpolant Geodesic\(\) for angles, got Trigonometric"
-    ):
-        InterpolantDistribution(InterpolantTransform(TorusMLP(2)), support=circular)
-    flat = InterpolantTransform(VelocityMLP(2), interpolant=Geodesic())
-    with pytest.raises(ValueError, match="period 2 pi in every angle.*got VelocityMLP"):
-        InterpolantDistribution(flat, support=circular)
     scaled = random_transform(2)
     scaled.flow.whitening.set(torch.zeros(2), 2 * torch.eye(2))
-    with pytest.raises(ValueError, match="no whitening map for angles"):
-        InterpolantDistribution(scaled, support=circular)
+    flat = InterpolantTransform(VelocityMLP(2), interpolant=Geodesic())
+    for transform, message in (
+        (InterpolantTransform(TorusMLP(2)), r"Geodesic\(\) for angles, got Trigonometric"),
+        (flat, "period 2 pi in every angle.*got VelocityMLP"),
+        (scaled, "no whitening map for angles"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            InterpolantDistribution(transform, support=circular)
     conditional = ConditionalInterpolantTransform(VelocityMLP(2, None, 3), interpolant=Geodesic())
     with pytest.raises(ValueError, match="got VelocityMLP"):
         ConditionalInterpolantDistribution(conditional, support=circular)
@@ -527,36 +433,17 @@ def test_only_flows_on_the_torus_have_the_support():
 # ---- files --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
-def test_a_file_keeps_everything(base, tmp_path):
-    model = random_angles(2, base(2)).freeze()
+def test_a_file_keeps_everything(tmp_path):
+    flow = random_transform(2, context_dim=3)
+    model = ConditionalInterpolantDistribution(flow, von_mises(2), support=circular)
+    model.to(torch.float32)
     save(model, tmp_path / "angles.safetensors")
     again = load(tmp_path / "angles.safetensors")
-    x = grid(2, 5)[0]
     assert type(again.transform.velocity) is TorusMLP
     assert again.transform.interpolant == Geodesic()
-    assert again.support is circular
-    assert torch.equal(again.log_prob(x), model.log_prob(x))
-
-
-def test_a_file_keeps_a_conditional_flow_and_its_type(tmp_path):
-    flow = random_transform(2, context_dim=3)
-    model = ConditionalInterpolantDistribution(flow, support=circular).to(torch.float32)
-    save(model, tmp_path / "angles.safetensors")
-    again = load(tmp_path / "angles.safetensors")
-    context = torch.randn(5, 3, dtype=torch.float32)
-    assert again.condition(context).sample().dtype == torch.float32
-    x = grid(2, 5)[0][:5].float()
+    assert again.condition(torch.zeros(3).float()).support is circular
+    context, x = torch.randn(5, 3, dtype=torch.float32), grid(2, 5)[0][:5].float()
     assert torch.equal(again.condition(context).log_prob(x), model.condition(context).log_prob(x))
-
-
-def test_a_schedule_of_your_own_has_to_be_passed(tmp_path):
-    interpolant = Geodesic(lambda t: t * t)
-    save(random_angles(2, interpolant=interpolant), tmp_path / "angles.safetensors")
-    with pytest.raises(ValueError, match="interpolant is a Geodesic: pass an instance"):
-        load(tmp_path / "angles.safetensors")
-    again = load(tmp_path / "angles.safetensors", interpolant=interpolant)
-    assert again.transform.interpolant is interpolant
 
 
 # ---- inference ----------------------------------------------------------------------------------
@@ -598,13 +485,6 @@ def test_base_space_starts_at_the_angles_it_is_given():
         base_space(lambda: pyro.sample("angles", prior))()
     assert seen.trace.nodes["angles_base"]["value"].shape == (4,)
     torch.testing.assert_close(seen.trace.nodes["angles"]["value"], angles, rtol=0, atol=1e-4)
-
-
-def test_nuts_in_data_space_says_what_to_use():
-    prior = random_angles(2).freeze()
-    mcmc = MCMC(NUTS(lambda: pyro.sample("angles", prior)), num_samples=1, disable_progbar=True)
-    with pytest.raises(NotImplementedError, match=r"use base_space\(model\)"):
-        mcmc.run()
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -669,32 +549,6 @@ def test_a_trained_flow_is_the_mixture_and_has_no_seam():
         x, volume = grid(2, 64)
         p = model.log_prob(x.float()).double().exp()
         assert float(p.sum() * volume) == pytest.approx(1.0, abs=2e-3)
-
-
-@pytest.mark.slow
-def test_nuts_does_not_wander_off_where_little_is_known():
-    prior = random_angles(2, solver=FixedGrid(steps=2, method="euler")).freeze()
-    evaluations = []
-
-    def model():
-        evaluations.append(1)
-        pyro.sample("angles", prior)
-
-    mcmc = MCMC(NUTS(base_space(model)), num_samples=60, warmup_steps=40, disable_progbar=True)
-    mcmc.run()
-    assert float(mcmc.get_samples()["angles_base"].abs().max()) < 10  # all its 60 draws
-    # On a flat density a trajectory never turns: 1023 steps an iteration.
-    assert len(evaluations) < 2000
-
-
-@pytest.mark.slow
-def test_from_samples():
-    angles = wrap(3 + 0.3 * torch.randn(500, 2)).float()
-    prior = from_samples(angles, support=circular, steps=20, seed=0, progress=False, tolerance=0.1)
-    assert isinstance(prior.base, UniformTorus)
-    assert bool(circular.check(prior.sample((100,))).all())
-    assert prior.sample().dtype == torch.float32
-    assert not any(p.requires_grad for p in prior.transform.parameters())
 
 
 def test_a_flow_on_the_torus_has_its_period_as_a_base():
