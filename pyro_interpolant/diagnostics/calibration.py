@@ -347,8 +347,8 @@ def sampler_calibrated(
     if not error <= tolerance:  # that of samples which are not finite is NaN
         warn_user(
             f"no grid has samples within {tolerance} standard deviations of a finer solve: at "
-            f"{steps} steps they are within {error:.2g}. Set transform.solver = FixedGrid(...), or "
-            "call diagnostics.calibrate_sampler(distribution)"
+            f"{steps} steps they are within {error:.2g}. Set transform.solver = FixedGrid(...), "
+            "or call diagnostics.calibrate_sampler(distribution)"
         )
     solver = dataclasses.replace(template, steps=steps)
     distribution.transform.solver = solver

@@ -430,7 +430,8 @@ def fit_guide(
         simulations: How many simulations an amortised guide learns from, by default 10,000, in as
             many steps and 2,000 at least. Or batches of simulations made elsewhere: an iterable of
             ``(latents, data)``, two dictionaries by site, each value ``(B, *site_shape)``, again
-            each time it is gone through, in memory or not. The first ones, a tenth of 10,000, judge the guide.
+            each time it is gone through, in memory or not. The first ones, a tenth of 10,000,
+            judge the guide.
         rounds: Of training from the model alone, the most, by default 20. Of an amortised guide,
             how many times it is trained for the data in the arguments: from the second on,
             simulations come from the part of the prior where the guide has its mass, so that its
