@@ -60,15 +60,6 @@ def test_a_flow_that_does_nothing_needs_hardly_a_step():
     assert error.round_trip_worst < 1e-12
 
 
-@pytest.mark.parametrize("present", [Adaptive(), FixedGrid(7), RandomGrid(7)])
-def test_without_time_the_solver_is_the_one_before(present):
-    distribution = flow_of(VelocityMLP(2, (8, 8)), solver=present)
-    with pytest.warns(UserWarning, match="the solver, which is the one before"):
-        found = calibration.calibrate_until(0.0, distribution, torch.randn(50, 2), tolerance=0.1)
-    assert found == (present, None)
-    assert distribution.transform.solver is present
-
-
 @pytest.mark.parametrize("present", [Adaptive, partial(RandomGrid, 5), FixedGrid])
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_gradients_go_on_to_recompute_evaluations(checkpoint, present):
@@ -405,24 +396,11 @@ def test_a_tight_solve_meets_the_network_in_evaluation():
     assert flow.transform.training
 
 
-def test_where_time_is_short_rows_are_fewer_and_have_their_own_contexts(monkeypatch):
-    flow = random_flow(2, context_dim=2).requires_grad_(requires_grad=False)
-    family = ConditionalInterpolantDistribution(flow)
-    x, context = torch.randn(8, 2), torch.randn(8, 2)
-    three = [0, 2, 5]  # evenly spaced, as rows may come in an order
-    few = calibration.calibrate_until(
-        math.inf, family, x[three], tolerance=0.1, context=context[three]
-    )
-    monkeypatch.setattr(calibration._Trials, "affordable", lambda self, seconds: 3)
-    found = calibration.calibrate_until(math.inf, family, x, tolerance=0.1, context=context)
-    assert found == few
-
-
 def test_samples_that_choose_a_grid_are_the_same_each_time_and_leave_the_generator():
     distribution, state = InterpolantDistribution(random_flow(2)), torch.get_rng_state()
     found = []
     for _ in range(2):
-        found.append(calibration.calibrate_sampler_until(math.inf, distribution, tolerance=1e-2))
+        found.append(calibration.sampler_calibrated(distribution, tolerance=1e-2))
         assert torch.equal(torch.get_rng_state(), state)
         torch.rand(3)
         state = torch.get_rng_state()

@@ -1,5 +1,4 @@
 import math
-import time
 
 import pyro
 import pyro.distributions as dist
@@ -183,17 +182,16 @@ def test_the_change_of_a_mean_weight_without_one_is_infinite():
     assert change_of_mean(unknown, some) == change_of_mean(zero, some) < math.inf
 
 
-@pytest.mark.parametrize(("seconds", "count"), [(-1.0, 100), (60.0, 5000), (math.inf, 5000)])
-def test_as_many_draws_are_weighed_as_there_is_time_for_and_none_is_lost(seconds, count):
+def test_draws_are_weighed_once():
     q, p, seen = dist.Normal(0.0, 1.0), dist.Normal(0.2, 0.9), []
 
     def density(x):
         seen.append(x)
         return p.log_prob(x)
 
-    drawn = weighted_draws(q, density, 5000, deadline=time.monotonic() + seconds)
+    drawn = weighted_draws(q, density, 5000)
     x, log_weights, change, solver_error = drawn
-    assert len(x) == count
+    assert len(x) == 5000
     assert torch.equal(x, torch.cat(seen))
     torch.testing.assert_close(log_weights, p.log_prob(x) - q.log_prob(x))
     assert (change, solver_error) == (0.0, 0.0)

@@ -5,7 +5,6 @@ import copy
 import functools
 import math
 import pickle
-import time
 import warnings
 
 import numpy as np
@@ -455,29 +454,6 @@ def test_improper_simulations_are_a_share_of_all_and_no_lack_of_time(monkeypatch
     assert 0.1 < result.improper < 0.25
     assert result.improper == pytest.approx(1 - result.simulations / 200)
     assert guide.posterior.context_columns == ("seen",)
-
-
-@pytest.mark.usefixtures("_small_runs")
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:no time was left to calibrate")
-def test_simulations_end_where_half_of_the_time_is_gone(tmp_path, monkeypatch):
-    def slow(y=None):
-        time.sleep(0.01)
-        return looped(y)
-
-    guide = pi.AmortizedInterpolant(slow, hidden_dims=(8,))
-    options = {"max_seconds": 3.0, "seed": 0, "progress": False, "options": {"steps": 3}}
-    begin = time.monotonic()
-    with pytest.warns(UserWarning, match=r"enough for .* of 100,000 simulations.*num_workers"):
-        result = pi.fit_guide(guide, simulations=100_000, **options)
-    assert time.monotonic() - begin < 12.0
-    assert 10 < result.simulations < 400
-    assert result.training.steps[-1] == 3
-    # Beside a checkpoint they would be others when the run goes on, those that judge it too.
-    monkeypatch.setattr("pyro_interpolant.infer.amortized.JUDGED_ROWS", 50)
-    again = pi.AmortizedInterpolant(slow, hidden_dims=(8,))
-    options |= {"max_seconds": 0.5, "checkpoint": tmp_path / "state"}
-    assert pi.fit_guide(again, simulations=75, **options).simulations == 75
 
 
 def test_no_finite_simulation_is_an_error():
@@ -1014,12 +990,11 @@ def test_beside_an_embedding_the_learning_rate_is_lower(
     ],
 )
 def test_steps_are_as_many_as_simulations(simulations, options, expected, monkeypatch):
-    """Over a long time alone the rate would fall too late: what it throws about is kept."""
     found = []
 
     def fit(*args, steps, patience, max_seconds, **kwargs):
         found.append((steps, patience))
-        assert max_seconds < 120
+        assert max_seconds is None
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pyro_interpolant.infer.amortized.fit", fit)

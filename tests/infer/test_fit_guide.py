@@ -257,7 +257,7 @@ def rounds(monkeypatch):
         calls.append((distribution, density, kwargs))
         with torch.no_grad(), seeded(0):
             drawn = weighted_draws(distribution, density, 10_000)
-        rest = (drawn.x[:100], [], 0, 1.0, distribution.transform.solver)
+        rest = (drawn.x[:100], [], 0, 1.0, distribution.transform.solver, "rounds")
         return RoundsResult(*drawn.summary(), 10_000, *rest)
 
     monkeypatch.setattr(autoguide, "train_from_density", train)
@@ -270,7 +270,7 @@ def test_the_model_alone(rounds):
     z = log_joint(guide).pack(draws_of(4000))
     guide.transform.flow.whitening.set(z.mean(0), torch.linalg.cholesky(z.T.cov()))  # a good guide
     state = torch.get_rng_state()
-    result = fit_guide(guide, max_seconds=70.0, seed=3, progress=False, options={"rounds": 2})
+    result = fit_guide(guide, max_seconds=70.0, seed=3, progress=False, rounds=2)
     assert torch.equal(torch.get_rng_state(), state)
     assert result.verdict.startswith("Good, k-hat")
     assert abs(result.log_evidence) < 0.02
@@ -280,7 +280,7 @@ def test_the_model_alone(rounds):
     distribution, density, kwargs = rounds[0]
     assert distribution.transform is guide.transform
     start = kwargs.pop("start")
-    assert 60.0 <= kwargs.pop("max_seconds") < 70.0  # less the judgement
+    assert 0 < kwargs.pop("max_seconds") <= 70.0
     assert kwargs == {"seed": 3, "progress": False, "rounds": 2}
     z = torch.zeros(2, 3)
     assert torch.equal(density(z), log_joint(guide)(z))
@@ -291,15 +291,9 @@ def test_the_model_alone(rounds):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "limits",
-    [
-        pytest.param({"max_seconds": 5.0}, marks=pytest.mark.slow),
-        {"options": {"rounds": 2, "steps": 60}},
-    ],
-    ids=["seconds", "rounds"],
-)
-def test_the_model_alone_in_earnest(limits):
+def test_the_model_alone_in_earnest():
+    limits = {"rounds": 2, "options": {"steps": 60}}
+
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
@@ -411,9 +405,8 @@ def test_what_cannot_work_is_said_before_any_work():
         TypeError, match=r"draws of each site \['rate', 'x'\] by name, .* got Tensor"
     ):
         fit_guide(guide, samples=samples["x"])
-    for seconds in (-1, None):
-        with pytest.raises(ValueError, match=f"expected max_seconds > 0, got {seconds}"):
-            quick(guide, max_seconds=seconds)
+    with pytest.raises(ValueError, match="expected max_seconds > 0, got -1"):
+        quick(guide, max_seconds=-1)
     with pytest.raises(TypeError, match=r"of pyro_interpolant, got pyro\..*\.AutoNormal"):
         fit_guide(AutoNormal(skewed), samples=samples)
     hidden = poutine.block(

@@ -931,7 +931,7 @@ def simulator():
     [
         log_joint,
         lambda model: importance(AutoInterpolant(model)),
-        lambda model: fit_guide(AutoInterpolant(model), max_seconds=1.0),
+        lambda model: fit_guide(AutoInterpolant(model)),
     ],
     ids=["log_joint", "importance", "fit_guide"],
 )
@@ -955,7 +955,7 @@ def latent_simulator(y=None):
 )
 def test_a_latent_site_without_a_density_is_not_sent_to_simulations(guide):
     with pytest.raises(ValueError, match=r"got a Simulated at 'x', which .* pyro.deterministic$"):
-        fit_guide(guide(), max_seconds=1.0, progress=False)
+        fit_guide(guide(), progress=False)
 
 
 def test_why_a_site_has_no_density_is_said():

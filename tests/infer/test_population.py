@@ -903,8 +903,8 @@ def test_the_solver_is_calibrated_to_latents_of_many_rows(monkeypatch):
     monkeypatch.setattr(expectation_maximization, "_ROUND_STEPS", 10)
     monkeypatch.setattr(
         expectation_maximization,
-        "calibrate_until",
-        lambda deadline, flow, rows, **_: seen.append(rows) or (None, 0.0),
+        "calibrated",
+        lambda flow, rows, **_: seen.append(rows) or (None, 0.0),
     )
     y = torch.randn(50, 1)
     from_noisy_samples(y, torch.full((50, 1), 0.5), start=y, **QUICK)
@@ -921,11 +921,19 @@ def test_scalars_need_no_support():
 
 
 @pytest.mark.slow
-def test_a_run_without_time_says_that_noise_was_not_taken_off():
+def test_a_run_that_a_limit_of_time_cut_says_so():
     _, y, sds = catalogue(100)
     options = {"network": pi.VelocityMLP(2, (8, 8)), "seed": 0, "progress": False}
-    with pytest.warns(UserWarning, match="no time was left for a round.*or steps"):
-        population = from_noisy_samples(y, sds, max_seconds=1e-3, **options)
+    with pytest.warns(UserWarning, match="max_seconds, 0.001, ended the rounds at"):
+        population = from_noisy_samples(y, sds, steps=200, max_seconds=1e-3, **options)
+    assert population.report.steps == 50  # one round
+
+
+def test_a_run_without_steps_for_a_round_says_that_noise_was_not_taken_off():
+    _, y, sds = catalogue(100)
+    options = {"network": pi.VelocityMLP(2, (8, 8)), "seed": 0, "progress": False}
+    with pytest.warns(UserWarning, match="no steps were left for a round"):
+        population = from_noisy_samples(y, sds, steps=1, **options)
     assert population.report.reference == population.report.held_out
 
 

@@ -3,7 +3,6 @@
 import io
 import logging
 import math
-import time
 
 import numpy as np
 import pyro.distributions as dist
@@ -14,7 +13,6 @@ from narrow import brief_looks
 from pyro_interpolant import (
     InterpolantDistribution,
     InterpolantTransform,
-    VelocityMLP,
     fit,
     from_samples,
     interpolant_transform,
@@ -194,39 +192,6 @@ def test_a_run_that_was_stopped_is_not_run_again(tmp_path):
     assert result.stopped_by == "callback"
     for a, b in zip(stopped.transform.parameters(), again.transform.parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_small_runs")
-def test_the_elapsed_time_is_kept_over_a_resume(tmp_path, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-
-    class Stop(Exception):
-        pass
-
-    class Slow(VelocityMLP):
-        def forward(self, t, x, context=None):
-            now[0] += 0.01 if self.training else 0.0
-            return super().forward(t, x, context)
-
-    def stop(state):
-        if state.seconds > 0.5:
-            raise Stop
-
-    def begun(**options):
-        flow = InterpolantDistribution(InterpolantTransform(Slow(2, (8,))))
-        keep = {"checkpoint": tmp_path / "run", "max_seconds": 1.0, "patience": 100}
-        return fit(flow, x, tolerance=1.0, **options, **keep, **QUICK)
-
-    x = modes(500)
-    with pytest.raises(Stop):
-        begun(callback=stop)
-    told = []
-    result = begun(callback=told.append)
-    assert told[0].seconds > 0.45
-    assert told[0].learning_rate < 0.6 * QUICK["learning_rate"]  # the schedule went on
-    assert 0.9 < result.seconds  # the last twentieth is for the calibration
 
 
 @pytest.mark.usefixtures("_small_runs")

@@ -34,7 +34,6 @@ from pyro_interpolant import (
 from pyro_interpolant.distributions import ConditionalJointInterpolantDistribution
 from pyro_interpolant.nn.velocity import copied
 from pyro_interpolant.training import building, fitting
-from pyro_interpolant.transforms.gaussianize import Gaussianized
 
 pytestmark = [
     pytest.mark.usefixtures("_small_runs"),
@@ -114,14 +113,6 @@ def test_a_copy_of_a_compiled_network_is_compiled(monkeypatch):
     network._compiled_call_impl = network.layers[0]._compiled_call_impl = network._call_impl
     new = copied(network)
     assert compiled == [new, new.layers[0]]
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_time_has_no_say_in_a_map_that_another_run_must_choose_too(shared, tmp_path, monkeypatch):
-    monkeypatch.setattr("pyro_interpolant.training.preprocessing._CHOICE_SHARE", 0.0)
-    options = {"checkpoint": tmp_path / "run.state"} if shared else {}
-    d = learn(torch.randn(2000, 2).exp(), max_seconds=60.0, marginals=None, **options)
-    assert isinstance(d.constraint, Gaussianized) == shared
 
 
 @pytest.mark.slow

@@ -246,7 +246,6 @@ def finished(tmp_path_factory):
         {"learning_rate": 1e-4},
         {"steps": 41},
         {"batch_size": 32},
-        {"max_seconds": 999.0},
         {"weight_decay": 0.3},
         {"patience": 50},
         {"ema": 0.5},
@@ -708,7 +707,7 @@ def test_so_is_one_while_the_solver_is_calibrated(monkeypatch):
 
     told = Run.outcome
     monkeypatch.setattr(Run, "outcome", outcome)
-    monkeypatch.setattr(fitting, "calibrate_until", interrupted)
+    monkeypatch.setattr(fitting, "calibrated", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fit(made(), rows(), **QUICK)
 
@@ -720,7 +719,7 @@ def test_an_interrupt_while_the_solver_is_calibrated_keeps_the_weights(monkeypat
 
     expected, flow = made(), made()
     fit(expected, rows(), **QUICK)
-    monkeypatch.setattr(fitting, "calibrate_until", interrupted)
+    monkeypatch.setattr(fitting, "calibrated", interrupted)
     with pytest.warns(UserWarning, match="calibration was interrupted"):
         result = fit(flow, rows(), **QUICK)
     assert result.solver is flow.transform.solver
@@ -754,8 +753,8 @@ def test_a_network_that_cannot_be_calibrated_is_returned_trained():
 @pytest.mark.parametrize(
     ("name", "error"),
     [
-        ("fitting.calibrate_until", ValueError("dopri5 gave up")),
-        ("fitting.calibrate_sampler_until", torch.OutOfMemoryError("no memory is left")),
+        ("fitting.calibrated", ValueError("dopri5 gave up")),
+        ("fitting.sampler_calibrated", torch.OutOfMemoryError("no memory is left")),
         ("fitting.HeldOutDensity.measured", RuntimeError("no memory is left")),
         ("fitting.warn_if_draws_differ", RuntimeError("no memory is left")),
     ],

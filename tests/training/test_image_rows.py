@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyro_interpolant as pi
 from pyro_interpolant.diagnostics import bits_per_dim, calibrate_sampler
-from pyro_interpolant.diagnostics.calibration import calibrate_sampler_until
 from pyro_interpolant.nn import ImageVelocity, UNet
 from pyro_interpolant.training.data import Table
 from pyro_interpolant.training.distributed import Process
@@ -390,13 +389,6 @@ def test_the_sampler_gets_the_fewest_steps_that_are_good():
     for tolerance in (0.0, "1e-2"):
         with pytest.raises(ValueError, match="a positive tolerance in standard deviations, got"):
             calibrate_sampler(images, tolerance=tolerance)
-    slow = flow(Turning(1.0))
-    late = calibrate_sampler_until(0.0, slow, tolerance=1e-3)
-    assert late.error <= 1e-3
-    assert slow.transform.solver == late.solver
-    with pytest.warns(UserWarning, match="the time was over before samples within"):
-        late = calibrate_sampler_until(0.0, flow(Turning(12.0)), tolerance=1e-3)
-    assert late.solver.steps == 8
     with pytest.warns(UserWarning, match="no grid has samples within 0.001 standard deviations"):
         calibrate_sampler(flow(Turning(300.0)), tolerance=1e-3)
     with pytest.warns(UserWarning, match="they are within nan"):

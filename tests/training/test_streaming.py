@@ -29,7 +29,6 @@ from pyro_interpolant.distributions.report import Report
 from pyro_interpolant.interpolants.couplings import independent
 from pyro_interpolant.nn import ImageVelocity
 from pyro_interpolant.training.checkpoint import Checkpoint, from_json, to_json
-from pyro_interpolant.training.clock import Clock
 from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
 from pyro_interpolant.training.rows import row_keys
@@ -417,12 +416,6 @@ def test_of_many_columns_a_map_has_more_rows_than_there_are_columns(monkeypatch)
     x = torch.randn(900, 30)
     kept = Stream(made(30), list(x.split(20)), x[:2]).split(Process(), None).kept
     assert 5 * 30 <= len(kept.w) <= 10 * 30
-
-
-def test_however_short_the_time_is_a_first_pass_has_the_rows_that_a_map_needs():
-    stream = Stream(made(), list(rows(600).split(4)), 0.1)
-    stream.split(Process(), 50, clock=Clock(1e-9))
-    assert stream.surveyed.rows == 20 * 2
 
 
 def test_rows_whose_keys_are_the_same_by_chance_differ_by_their_places_in_a_pass():
