@@ -29,6 +29,10 @@ FEW = {
     "infer.importance_sampling._VERDICT_DRAWS": 500,
     "infer.smc.train._VERDICT_DRAWS": 500,
     "infer.smc.train._CALIBRATION_ROWS": 32,
+    "infer.smc.train._MIXING_MOVES": 8,
+    "infer.smc.train._MOST_ROUND_MOVES": 8,
+    "infer.smc.pathfinder._SEARCHES": 16,
+    "infer.smc.pathfinder._SCOUTS": 128,
     "infer.amortization._JUDGED_SETS": 2,
     "infer.amortization._JUDGED_DRAWS": 200,
     "infer.amortized.JUDGED_ROWS": 100,
@@ -81,6 +85,9 @@ def small_runs(put=setattr):
     narrow_networks(put)
     unets = importlib.import_module("pyro_interpolant.nn.unet")
     put(unets, "_diffusers_unet", shallow(unets._diffusers_unet))
+    rounds = importlib.import_module("pyro_interpolant.infer.smc.train").train_from_density
+    few = {**rounds.__wrapped__.__kwdefaults__, "draws": 400, "rounds": 2}
+    put(rounds.__wrapped__, "__kwdefaults__", few)
     _put_constants(put, FEW)
 
 

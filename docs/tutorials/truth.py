@@ -46,6 +46,21 @@ def _at_most(function, **limits):
     return cut
 
 
+def _short(fit_guide):
+    """Return the training of a guide with few steps, rounds and simulations."""
+
+    @functools.wraps(fit_guide)
+    def cut(guide, *args, **given):
+        options = {"steps": 20}
+        if isinstance(guide, pi.AmortizedInterpolant):
+            given["simulations"] = min(given.get("simulations", 500), 500)
+        elif "samples" not in given:
+            given["rounds"], options["draws"] = 2, 300
+        return fit_guide(guide, *args, **given, options=options)
+
+    return cut
+
+
 pyro.set_rng_seed(0)
 torch.set_num_threads(1)  # as fast as two for networks of this size
 plt.rcParams.update({"figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 9})
@@ -56,7 +71,7 @@ if SMALL:
     small_runs()
     pi.from_samples = _at_most(pi.from_samples, steps=20)
     pi.from_noisy_samples = _at_most(pi.from_noisy_samples, steps=20)
-    pi.fit_guide = _at_most(pi.fit_guide, max_seconds=2.0)
+    pi.fit_guide = _short(pi.fit_guide)
     pi.infer.object_posteriors = _at_most(pi.infer.object_posteriors, draws=100)
     pi.diagnostics.bits_per_dim = functools.partial(pi.diagnostics.bits_per_dim, tolerance=1.0)
     pyro.infer.MCMC = _at_most(pyro.infer.MCMC, num_samples=20, warmup_steps=20)

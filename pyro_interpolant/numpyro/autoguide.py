@@ -161,6 +161,7 @@ def fit_guide(
     key: Array,
     *args: object,
     samples: Mapping[str, ArrayLike] | None = None,
+    rounds: int | None = None,
     max_seconds: float | None = None,
     seed: int | None = None,
     progress: bool = True,
@@ -180,6 +181,7 @@ def fit_guide(
         samples: Posterior draws of every latent site on its own support, each
             ``(N, *site_shape)`` or by chain ``(C, N, *site_shape)``, such as
             ``mcmc.get_samples()``, or None.
+        rounds: The most rounds of training from the model alone, by default 20.
         max_seconds: A limit of the time until the training ends, by default none.
         seed: Makes the run reproducible.
         progress: Whether to show a bar.
@@ -230,9 +232,8 @@ def fit_guide(
         density = TorchDensity(guide, args, kwargs)
         if samples is None:
             start = _prior_draws(guide, draw, args, kwargs, autoguide.PRIOR_DRAWS)
-            training: FitResult | RoundsResult = train_from_density(
-                posterior, density, **{"start": start, **settings}
-            )
+            settings = {"start": start, "rounds": rounds, **settings}
+            training: FitResult | RoundsResult = train_from_density(posterior, density, **settings)
         else:
             rows = torch.tensor(np.asarray(_packed(guide, samples, args, kwargs)), dtype=dtype)
             training = fit(posterior, rows, **settings)
