@@ -2,6 +2,19 @@
 
 import json
 
+_TRIAL_STEPS = 200
+
+
+def steps_in(seconds, train):
+    """Return how many steps of a training take so long, by the pace of a short one.
+
+    Args:
+        seconds: The time.
+        train: From a number of steps to a trained distribution.
+    """
+    pace = train(_TRIAL_STEPS).report.seconds / _TRIAL_STEPS
+    return max(_TRIAL_STEPS, int(seconds / pace))
+
 
 class Cells:
     """Finished cells, one JSON line each, known by all that was asked of them.

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from _cells import steps_in
 from torch import nn
 from torch.nn import functional
 
@@ -254,14 +255,18 @@ def ours(images, recipe, cell, folder):
 
         options["fabric"] = Fabric(cell["device"], devices=1, precision="bf16-mixed")
         options["fabric"].launch()
-    flow = pi.from_samples(
-        images.train.to(cell["device"]),
-        network=recipe.network(cell["seed"]).to(cell["device"]),
-        max_seconds=60 * cell["minutes"],
-        seed=cell["seed"],
-        progress=False,
-        **options,
-    )
+
+    def learn(steps):
+        return pi.from_samples(
+            images.train.to(cell["device"]),
+            network=recipe.network(cell["seed"]).to(cell["device"]),
+            steps=steps,
+            seed=cell["seed"],
+            progress=False,
+            **options,
+        )
+
+    flow = learn(steps_in(60 * cell["minutes"], learn))
 
     def sample(count):
         x = torch.cat([flow.sample((len(s),)) for s in torch.arange(count).split(_AT_ONCE)])
@@ -275,13 +280,11 @@ def flat(images, recipe, cell, folder):
     torch.manual_seed(cell["seed"])
     rows = images.train.flatten(1)
     rows = (rows + torch.rand(rows.shape)).to(cell["device"]) / 256
-    flow = pi.from_samples(
-        rows,
-        max_seconds=60 * cell["minutes"],
-        seed=cell["seed"],
-        progress=False,
-        checkpoint=folder / "state.safetensors",
-    )
+
+    def learn(steps):
+        return pi.from_samples(rows, steps=steps, seed=cell["seed"], progress=False)
+
+    flow = learn(steps_in(60 * cell["minutes"], learn))
 
     def sample(count):
         x = (256 * flow.sample((count,))).floor().clamp(0, 255).to("cpu", torch.uint8)

@@ -30,12 +30,17 @@ SPLINE = "zuko NSF"
 def ours(dim, hidden, seconds):
     """Return log_prob and sample of a flow that learned for so many seconds."""
     import _peers
+    from _cells import steps_in
 
     import pyro_interpolant as pi
 
-    network = pi.VelocityMLP(dim, hidden)
     rows = _peers.mixture(dim, 20_000, 1)
-    flow = pi.from_samples(rows, network=network, max_seconds=seconds, seed=0, progress=False)
+
+    def learn(steps):
+        network = pi.VelocityMLP(dim, hidden)
+        return pi.from_samples(rows, network=network, steps=steps, seed=0, progress=False)
+
+    flow = learn(steps_in(seconds, learn))
     note = f"{flow.transform.solver.steps} steps"
     return flow.log_prob, lambda: flow.sample((512,)), note
 

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from _cells import Cells
+from _cells import Cells, steps_in
 
 import pyro_interpolant as pi
 
@@ -176,10 +176,12 @@ def catalogue(population, count, seed):
 
 def ours(population, y, sds, args, seed):
     """Learn the population, defaults only."""
-    limit = {"steps": 30} if args.smoke else {"max_seconds": 60 * args.minutes}
-    flow = pi.from_noisy_samples(
-        y.float(), sds.float(), support=population.support, seed=seed, progress=False, **limit
-    )
+
+    def learn(steps):
+        options = {"support": population.support, "seed": seed, "progress": False}
+        return pi.from_noisy_samples(y.float(), sds.float(), steps=steps, **options)
+
+    flow = learn(30 if args.smoke else steps_in(60 * args.minutes, learn))
 
     def objects(y, sds):
         return pi.infer.object_posteriors(flow, y.float(), sds.float(), draws=args.draws, seed=0)

@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _cells import Cells
+from _cells import Cells, steps_in
 
 TASKS = ("bsds300", "power", "wine", "hsct", "higgs")
 METHODS = ("ours", "zuko NSF", "zuko MAF", "zuko CNF", "pyro spline AR", "GMM")
@@ -92,13 +92,14 @@ def ours(train, val, seconds, seed):
     import pyro_interpolant as pi
     from pyro_interpolant.transforms.gaussianize import Gaussianized
 
-    looks = []
-    options = {"progress": False, "callback": looks.append}
-    flow = pi.from_samples(train, validation=val, max_seconds=seconds, seed=seed, **options)
+    def learn(steps):
+        return pi.from_samples(train, validation=val, steps=steps, seed=seed, progress=False)
+
+    flow = learn(steps_in(seconds, learn))
     found = (
         flow.constraint.gaussianizer.effect if isinstance(flow.constraint, Gaussianized) else None
     )
-    extra = {"steps": looks[-1].step, "map": found}
+    extra = {"steps": flow.report.steps, "map": found}
     extra["solver_steps"] = flow.transform.solver.steps
     reference = copy.deepcopy(flow).to(torch.float64)
     reference.transform.solver = pi.Adaptive(rtol=1e-7, atol=1e-7, nodes=96)

@@ -65,7 +65,6 @@ def nuts(model, place, y, smoke):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=3.0, help="of training")
     parser.add_argument("--simulations", type=int, default=20_000, help="to learn from")
     parser.add_argument("--smoke", action="store_true", help="a tiny run, to see that it works")
     parser.add_argument("--picture", default="amortized.png", help="the file to write")
@@ -84,7 +83,6 @@ def main():
         place,
         y,
         simulations=100 if args.smoke else args.simulations,
-        max_seconds=60 * args.minutes,
         options={"steps": 5} if args.smoke else {"batch_size": 256},
         seed=0,
         progress=not args.smoke,

@@ -92,7 +92,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a tiny run, to see that it works")
     parser.add_argument("--data", help="a file of patches, in place of the photographs")
-    parser.add_argument("--minutes", type=float, default=5.0, help="of training")
+    parser.add_argument("--steps", type=int, default=20_000, help="of training")
     parser.add_argument("--picture", default="denoise.png", help="the file to write")
     args = parser.parse_args()
     pyro.set_rng_seed(0)
@@ -100,12 +100,12 @@ def main():
     levels, test = patches_of(args.data)
     levels = levels[torch.randperm(len(levels))[: 3000 if args.smoke else None]]
     train, x = (levels + torch.rand_like(levels) - 0.5) / 255, test / 255
-    length = {"steps": 20} if args.smoke else {"max_seconds": 60 * args.minutes}
+    steps = 20 if args.smoke else args.steps
     # One scale for all of the detail, so that white noise is white to the flow.
     velocity = pi.VelocityMLP(63, (16, 16) if args.smoke else None)
     transform = pi.InterpolantTransform(velocity, whitening=pi.transforms.ScalarWhitening(63))
     prior = pi.InterpolantDistribution(transform)
-    pi.fit(prior, train @ BASIS, batch_size=256, learning_rate=0.005, seed=0, **length)
+    pi.fit(prior, train @ BASIS, batch_size=256, learning_rate=0.005, seed=0, steps=steps)
     grey = dist.Normal(train.mean(), train.mean(-1).std())
     fitted = GaussianMixture(2 if args.smoke else 15, random_state=0).fit(train.numpy())
     parts = fitted.weights_, fitted.means_, fitted.covariances_

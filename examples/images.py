@@ -42,7 +42,7 @@ def main():
     parser.add_argument(
         "--dataset", choices=("digits", "mnist"), default="digits", help="to learn"
     )
-    parser.add_argument("--minutes", type=float, default=10.0, help="of training")
+    parser.add_argument("--steps", type=int, default=2000, help="of training")
     parser.add_argument("--device", default="cpu", help="where to train, such as cuda")
     parser.add_argument("--picture", default="images.png", help="the file to write")
     args = parser.parse_args()
@@ -55,9 +55,9 @@ def main():
     x, y = levels[test:], labels[test:]
     if number != 256:  # 256 levels are spread on the fly, others here: to (v + u) / levels
         x = (x + torch.rand(x.shape, device=args.device)) / number
-    length = {"steps": 10} if args.smoke else {"max_seconds": 60 * args.minutes}
+    steps = 10 if args.smoke else args.steps
     network = UNet(x.shape[1:], (8, 16) if args.smoke else (16, 32), classes=10)
-    images = pi.from_samples(x, context=y, network=network.to(args.device), seed=0, **length)
+    images = pi.from_samples(x, context=y, network=network.to(args.device), seed=0, steps=steps)
     print(f"samples take {images.transform.solver.steps} steps")
 
     held = slice(0, 8 if args.smoke else test)

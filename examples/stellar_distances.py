@@ -97,7 +97,7 @@ def picture(path, panels):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a tiny run, to see that it works")
-    parser.add_argument("--seconds", type=float, default=45.0, help="to learn from all stars")
+    parser.add_argument("--steps", type=int, default=1500, help="to learn from all stars")
     parser.add_argument("--picture", default="stellar_distances.png", help="the file to write")
     args = parser.parse_args()
     stars, draws, steps = (50, 100, 20) if args.smoke else (5000, 100, None)
@@ -115,9 +115,8 @@ def main():
     plain = pi.from_samples(naive[known], steps=steps or 2000, seed=0, progress=False)
     print(f"{len(known)} precise stars: {plain.report}; {time.monotonic() - start:.0f} s")
     measured = train[(row[train, 1] < 1) & (y[train, 1] > 5 * row[train, 2])]  # to start from
-    limit = {"steps": steps} if args.smoke else {"max_seconds": args.seconds}
     options = {"start": naive[measured], "noise_data": row[train], "seed": 0, "progress": False}
-    prior = pi.from_noisy_samples(y[train], noise, **options, **limit)
+    prior = pi.from_noisy_samples(y[train], noise, steps=steps or args.steps, **options)
     print(f"{len(train)} stars: {prior.report}; {time.monotonic() - start:.0f} s")
     options = {"noise_data": row[held], "draws": draws, "seed": 0}
     evidence = [
