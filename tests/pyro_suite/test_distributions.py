@@ -201,23 +201,6 @@ def test_expand(kind, how):
             expand(d, wrong)
 
 
-@pytest.mark.parametrize(("kind", "how"), [("plain", "default"), ("given rows", "own")])
-def test_expand_of_a_reshaped_one(kind, how):
-    d = KINDS[kind]()
-    full = (4, 1, 1, *d.batch_shape)
-    for extra, shape in ((0, (4, 3, 2)), (1, (5, 4, 3)), (1, (4, 2)), (2, (5, 4))):
-        reshaped = EXPAND[how](d, full).to_event(extra + len(d.batch_shape))
-        assert reshaped.batch_shape == full[: 3 - extra]
-        assert reshaped.event_shape == full[3 - extra :] + d.event_shape
-        large = reshaped.expand(shape)
-        assert large.batch_shape == shape
-        assert large.event_shape == reshaped.event_shape
-        assert large.sample().shape == shape + reshaped.event_shape
-        for wrong in ((*shape, 3), shape[1:]):
-            with pytest.raises((RuntimeError, ValueError)):
-                large.expand(wrong)
-
-
 # ---------------------------------------------------------------------------------------- wrappers
 
 
