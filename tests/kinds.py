@@ -1,15 +1,13 @@
-"""Every kind of flow distribution by name, small and untrained, with what no kind has to satisfy.
+"""Every kind of flow distribution by name, small and untrained.
 
 Each is built anew by a call, from the random numbers of the moment, in the default type.
 """
 
-import itertools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
-import pytest
 import torch
 from cases import BASES, SUPPORTS, WHITENINGS, own_flow, random_flow, random_prior
 from pyro.distributions import constraints
@@ -142,93 +140,6 @@ KINDS: dict[str, Callable[[], InterpolantDistribution]] = {
     "expanded, positive": lambda: supported("positive").expand((4,)),
     "expanded angles": lambda: angles().expand((4,)),
 }
-
-
-class Reason(NamedTuple):
-    """Why a check does not hold of a kind: the error that comes instead, and an argument."""
-
-    error: type[Exception] | tuple[type[Exception], ...]
-    why: str
-
-
-# What Pyro asks of its own classes and these do not satisfy, by design: check, kind, reason.
-EXCEPTIONS: dict[str, dict[str, Reason]] = {
-    "moments": {"angles": Reason(NotImplementedError, "they depend on where the circle is cut")},
-    "cdf": {"one angle": Reason(NotImplementedError, "a circle has no order")},
-    "local_latents": {
-        "": Reason(ValueError, "a flow over one vector has no place for sites that come and go")
-    },
-    "traced": {"adaptive": Reason(ValueError, "steps that depend on the values are refused")},
-    "jacobian": {
-        "hutchinson": Reason(AssertionError, "its log-determinant is an estimate, always the same")
-    },
-    # Of reparametrized models.
-    "reparam_mask": dict.fromkeys(
-        (f"{kind}, TransformReparam" for kind in KINDS if "angle" in kind),
-        Reason(NotImplementedError, "a base of angles has no bijection; base_space takes planes"),
-    ),
-    "split_guide": {
-        # A part is proposed on the support of the whole, of Pyro's own distributions as well.
-        "simplex": Reason(ValueError, "each part sums to one, so that the whole is refused"),
-        "corr_cholesky": Reason(IndexError, "a part is no Cholesky factor"),
-        "stack": Reason(AssertionError, "a part has fewer columns; Pyro slices only its own"),
-        "shaped": Reason(RuntimeError, "a part has fewer elements than the shape"),
-        **dict.fromkeys(
-            ("gaussianized", "tempered", "joint, gaussianized"),
-            Reason(ValueError, "the map is one of whole rows; the error names support_fn"),
-        ),
-    },
-    "neutra": dict.fromkeys(
-        (f"{kind}, NeuTraReparam" for kind in ("given rows", "expanded", "expanded, positive")),
-        Reason(
-            AssertionError,
-            "Pyro adds the Jacobian of the whole to the first site, once for each of its plate's "
-            "members; with neutra it is a site of its own",
-        ),
-    ),
-    "infer_shapes": {
-        "plain": Reason(NotImplementedError, "no argument is a tensor: the flow has the shapes")
-    },
-}
-
-
-def expected(check: str, case: str = "") -> list[pytest.MarkDecorator]:
-    """Return the mark of a case that is expected to fail as stated, or none."""
-    reason = EXCEPTIONS.get(check, {}).get(case)
-    if reason is None:
-        return []
-    return [pytest.mark.xfail(reason=reason.why, raises=reason.error, strict=True)]
-
-
-def known(check: str) -> Callable[[Any], Any]:
-    """Decorate a test of one case, which may be expected to fail as stated."""
-    marks = expected(check)
-    return marks[0] if marks else lambda test: test
-
-
-def over(
-    check: str,
-    quick: Iterable[str] = (),
-    kinds: Iterable[str] = KINDS,
-    **cases: Iterable[str],
-) -> pytest.MarkDecorator:
-    """Parametrize a test over kinds: all but some slow, the excepted expected to fail as stated.
-
-    Args:
-        check: The name of the check in the lists of exceptions.
-        quick: The kinds that are not slow.
-        kinds: All kinds that the check is about.
-        **cases: One more parameter, its name and values; exceptions are then of "kind, value".
-    """
-    (name, values), *_ = [*cases.items(), ("", [None])]
-    members = []
-    for kind, value in itertools.product(kinds, values):
-        case = kind if value is None else f"{kind}, {value}"
-        marks = [*([] if kind in quick else [pytest.mark.slow]), *expected(check, case)]
-        members.append(pytest.param(*([kind, value] if name else [kind]), marks=marks, id=case))
-    unknown = {*EXCEPTIONS.get(check, ())} - {m.id for m in members}
-    assert not unknown, f"exceptions of {check} that are no case: {sorted(unknown)}"
-    return pytest.mark.parametrize(("kind", name) if name else "kind", members)
 
 
 class EveryKind:

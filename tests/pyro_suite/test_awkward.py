@@ -1,22 +1,12 @@
 """Awkward data: outliers, heavy tails, far modes, units, columns that hardly differ."""
 
-import io
-import logging
 import math
 
-import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
-from narrow import brief_looks
 
-from pyro_interpolant import (
-    InterpolantDistribution,
-    InterpolantTransform,
-    fit,
-    from_samples,
-    interpolant_transform,
-)
+from pyro_interpolant import InterpolantDistribution, fit, from_samples, interpolant_transform
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
 
@@ -55,32 +45,20 @@ def test_modes_far_apart_keep_their_shares():
     assert share == pytest.approx(0.3, abs=0.04)
 
 
-def log_prob_after(rows, test, seed=0):
-    """Return the log-density of other rows after a fit to some."""
-    distribution = made()
-    fit(distribution, rows, steps=250, **{**QUICK, "seed": seed})
-    with torch.no_grad():
-        return distribution.log_prob(test)
-
-
-@pytest.fixture(scope="module")
-def plain(_clean_module):
-    """Rows, other rows, and the log-density of these after fits to the former by two seeds."""
-    torch.manual_seed(0)
-    x, test = modes(20_000), modes(4000)
-    with pytest.MonkeyPatch.context() as patch:
-        brief_looks(patch.setattr)
-        return x, test, log_prob_after(x, test), log_prob_after(x, test, seed=1)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("far", [1e2, 1e6])
-def test_a_wild_row_does_not_change_the_fit_of_the_rest(plain, far):
-    """One row in 20,000; what differs without it is what another seed of the training changes."""
-    x, test, first, second = plain
-    wild = log_prob_after(torch.cat((x[:-1], torch.tensor([[far, -far]]))), test)
-    of_seed, of_row = (float((first - other).abs().mean()) for other in (second, wild))
-    assert of_row < 1.5 * of_seed
+def test_wild_rows_do_not_change_the_fit_of_the_rest():
+    """Two rows in 20,000: without them it differs as another seed of the training differs."""
+    x, test = modes(20_000), modes(4000)
+    rows = torch.cat((x[:-2], torch.tensor([[1e2, -1e2], [1e6, -1e6]])))
+    scored = []
+    for data, seed in ((x, 0), (x, 1), (rows, 0)):
+        distribution = made()
+        fit(distribution, data, steps=250, **{**QUICK, "seed": seed})
+        with torch.no_grad():
+            scored.append(distribution.log_prob(test))
+    first, second, wild = scored
+    of_seed, of_rows = (float((first - other).abs().mean()) for other in (second, wild))
+    assert of_rows < 1.5 * of_seed
     assert abs(float((first - wild).mean())) < 0.08  # seeds differ by 0.05
 
 
@@ -119,119 +97,11 @@ def test_columns_that_hardly_differ_are_learned_or_told():
         from_samples(x, steps=5)
 
 
-# ---- stopping, and saying so --------------------------------------------------------------------
-
-
-@pytest.fixture
-def said():
-    """What the package logs: pytest's own capture of that is off, see pyproject.toml."""
-    text, logger = io.StringIO(), logging.getLogger("pyro_interpolant")
-    handler, level = logging.StreamHandler(text), logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield text
-    logger.setLevel(level)
-    logger.removeHandler(handler)
-
-
-@pytest.mark.usefixtures("_small_runs")
-def test_a_callback_stops_the_run_by_returning_true(said):
-    distribution = made()
-    result = fit(distribution, modes(500), steps=100, callback=lambda s: s.step >= 20, **QUICK)
-    assert result.steps[-1] == 22  # the first look from there on
-    assert result.stopped_early
-    assert result.stopped_by == "callback"
-    assert "fit stopped early at step 22, 22% of its schedule, by callback" in said.getvalue()
-    assert f"step {result.best_step} were kept" in said.getvalue()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_small_runs")
-def test_what_a_callback_returns_beside_true_does_not_stop_it(said):
-    result = fit(made(), modes(500), steps=20, callback=lambda s: s.step, **QUICK)
-    assert result.steps[-1] == 20
-    assert result.stopped_by == "schedule"
-    assert not result.stopped_early
-    assert "stopped early" not in said.getvalue()
-
-
-@pytest.mark.parametrize("true", [np.True_, torch.tensor(True)], ids=["numpy", "torch"])  # noqa: FBT003
-@pytest.mark.usefixtures("_small_runs")
-def test_true_of_any_kind_stops_it(true):
-    result = fit(made(), modes(500), steps=100, callback=lambda s: true, **QUICK)
-    assert result.stopped_by == "callback"
-
-
-@pytest.mark.slow
-def test_patience_and_interrupts_are_named(capsys):
-    def interrupt(state):
-        if state.step > 10:
-            raise KeyboardInterrupt
-
-    options = {**QUICK, "progress": True}
-    with pytest.warns(UserWarning, match="run was interrupted"):
-        result = fit(made(), modes(500), steps=100, callback=interrupt, **options)
-    assert result.stopped_by == "interrupt"
-    assert "by interrupt" in capsys.readouterr().err
-    result = fit(
-        made(), torch.randn(60, 2), steps=2000, patience=1, **{**options, "batch_size": 9}
-    )
-    assert result.stopped_by == "patience"
-    assert "by patience" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_small_runs")
-def test_a_run_that_was_stopped_is_not_run_again(tmp_path):
-    keep = {"checkpoint": tmp_path / "run", "steps": 100}
-    told = []
-    stopped, again, x = made(), made(), modes(500)
-    fit(stopped, x, callback=lambda s: s.step >= 20, **keep, **QUICK)
-    result = fit(again, x, callback=told.append, **keep, **QUICK)
-    assert not told
-    assert result.stopped_by == "callback"
-    for a, b in zip(stopped.transform.parameters(), again.transform.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.usefixtures("_small_runs")
-def test_a_loss_that_is_not_finite_is_skipped_and_counted():
-    class Huge(torch.nn.Module):
-        event_dim = 2
-
-        def __init__(self):
-            super().__init__()
-            self.layer, self.calls = torch.nn.Linear(3, 2), 0
-
-        def forward(self, t, x, context=None):
-            v = self.layer(torch.cat((t[..., None].expand(*x.shape[:-1], 1), x), -1))
-            if torch.is_grad_enabled():
-                self.calls += 1
-                if self.calls in (5, 9):
-                    return v + (torch.full_like(v, math.inf) - v.detach())
-            return v
-
-    distribution = InterpolantDistribution(InterpolantTransform(Huge()))
-    result = fit(distribution, modes(500), steps=20, **QUICK)
-    assert result.skipped == 2
-    assert all(torch.isfinite(p).all() for p in distribution.transform.parameters())
-
-
 # ---- rows without a density ---------------------------------------------------------------------
 
 
 def no_numbers(x):
     x[[3, 8], 1] = math.nan
-    return x
-
-
-def in_classes(x):
-    x[:, 1] = torch.randint(0, 5, (len(x),)).to(x)
-    return x
-
-
-def half_zeros(x):
-    x[::2, 1] = 0.0
     return x
 
 
@@ -255,15 +125,9 @@ def test_rows_without_numbers_may_have_no_weight():
     torch.testing.assert_close(d.sample((4000,)).mean(0), x[weights > 0].mean(0), rtol=0, atol=0.2)
 
 
-@pytest.mark.parametrize(
-    ("make", "advice"),
-    [
-        (in_classes, "have no density.*dequantize"),
-        pytest.param(half_zeros, "Learn the other rows alone", marks=pytest.mark.slow),
-    ],
-)
 @pytest.mark.usefixtures("_small_runs")
-def test_columns_without_a_density_are_named_with_what_to_do(make, advice):
-    x = make(torch.randn(400, 2))
-    with pytest.warns(UserWarning, match=rf"columns \[1\] repeat .*{advice}"):
+def test_columns_without_a_density_are_named_with_what_to_do():
+    x = torch.randn(400, 2)
+    x[:, 1] = torch.randint(0, 5, (400,)).to(x)
+    with pytest.warns(UserWarning, match=r"columns \[1\] repeat .*have no density.*dequantize"):
         from_samples(x, steps=5, **QUICK | {"batch_size": 32})

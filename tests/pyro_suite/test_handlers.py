@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import random_flow, random_prior, slow_but
+from cases import random_flow, random_prior
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
@@ -97,7 +97,7 @@ def test_do(where):
     torch.testing.assert_close(trace.log_prob_sum(), prior + case.data(VALUE).sum())
 
 
-@pytest.mark.parametrize("where", slow_but(WHERE, "data", "outside"))
+@where
 def test_uncondition(where):
     """Observed sites are drawn; a prior that is conditioned on as well."""
     case = Case()
@@ -164,32 +164,6 @@ def test_replay(where):
     assert there.stochastic_nodes == ["z"]
     assert torch.equal(there.nodes["z"]["value"], draw.nodes["z"]["value"])
     torch.testing.assert_close(there.log_prob_sum(), draw.log_prob_sum())
-
-
-@where
-def test_seed(where):
-    case = Case()
-    values = [WHERE[where](case, poutine.seed(rng_seed=s))() for s in (1, 1, 2)]
-    assert torch.equal(values[0], values[1])
-    assert not torch.equal(values[0], values[2])
-    pyro.set_rng_seed(1)
-    with torch.no_grad():
-        torch.testing.assert_close(values[0], base_space(case)())
-
-
-@where
-def test_infer_config(where):
-    """What is asked of sites by name is found there."""
-    case = Case()
-    asked = {"z": {"mine": 1}, "z_base": {"theirs": 2}}
-    trace = trace_of(
-        WHERE[where](case, lambda m: poutine.infer_config(m, lambda s: asked.get(s["name"], {})))
-    )
-    assert trace.nodes["z"]["infer"]["mine"] == 1
-    if where == "outside":
-        assert trace.nodes["z_base"]["infer"]["theirs"] == 2
-    if where != "data":
-        assert trace.nodes["z"]["infer"]["_deterministic"]
 
 
 @where

@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import AUTOGUIDES, gaussian_prior, random_flow, random_prior, slow_but
+from cases import AUTOGUIDES, gaussian_prior, random_flow, random_prior
 from pyro import poutine
 from pyro.infer import (
     MCMC,
@@ -20,8 +20,6 @@ from pyro.infer import (
     config_enumerate,
 )
 from pyro.infer import autoguide as guides
-from pyro.infer.importance import psis_diagnostic
-from pyro.infer.reparam import TransformReparam
 from pyro.nn import PyroModule
 from pyro.ops.stats import effective_sample_size
 from pyro.optim import Adam
@@ -71,241 +69,40 @@ def one_site(prior, y=2.0):
 
 SPACES = {"data": lambda model: model, "base": base_space}
 
-# --------------------------------------------------------------------------- plates, masks, scales
+# ------------------------------------------------------------------------------------------ plates
 
 
-def test_plate_gives_independent_draws():
-    prior = random_prior(2)
-    with pyro.plate("rows", 5):
-        x = pyro.sample("x", prior)
-    assert x.shape == (5, 2)
-    assert len(x.unique(dim=0)) == 5
-
-
-def test_log_prob_sum_in_nested_plates():
-    prior = random_prior(2)
-
-    def model():
-        with pyro.plate("a", 3, dim=-1), pyro.plate("b", 4, dim=-2):
-            return pyro.sample("x", prior)
-
-    trace = poutine.trace(model).get_trace()
-    trace.compute_log_prob()
-    x = trace.nodes["x"]["value"]
-    assert x.shape == (4, 3, 2)
-    assert trace.nodes["x"]["log_prob"].shape == (4, 3)
-    assert torch.allclose(trace.nodes["x"]["log_prob"], prior.log_prob(x.clone()), atol=1e-3)
-
-
-def test_subsampling_scales():
-    prior, data = random_prior(2), torch.randn(12, 2)
-
-    def model():
-        with pyro.plate("rows", 12, subsample_size=4) as i:
-            pyro.sample("x", prior, obs=data[i])
-            return i
-
-    trace = poutine.trace(model).get_trace()
-    i = trace.nodes["_RETURN"]["value"]
-    expected = 3 * prior.log_prob(data[i]).sum()
-    assert torch.allclose(trace.log_prob_sum(lambda name, _: name == "x"), expected)
-
-
-def test_subsampled_context():
-    d = ConditionalInterpolantDistribution(random_flow(2, context_dim=3)).freeze()
-    data, context = torch.randn(12, 2), torch.randn(12, 3)
-
-    def model():
-        with pyro.plate("rows", 12, subsample_size=4) as i:
-            pyro.sample("x", d.condition(context[i]), obs=data[i])
-            return i
-
-    trace = poutine.trace(model).get_trace()
-    i = trace.nodes["_RETURN"]["value"]
-    expected = 3 * sum(d.condition(context[j]).log_prob(data[j]) for j in i)
-    assert torch.allclose(trace.log_prob_sum(lambda name, _: name == "x"), expected)
-
-
-def test_context_in_a_nested_plate():
-    d = ConditionalInterpolantDistribution(random_flow(2, context_dim=3)).freeze()
+def test_a_context_in_a_nested_plate():
+    """Each member of the plates has a draw of its own, and the density given its own context."""
+    family = ConditionalInterpolantDistribution(random_flow(2, context_dim=3)).freeze()
     context = torch.randn(4, 3)
 
     def model():
         with pyro.plate("a", 4, dim=-1), pyro.plate("b", 5, dim=-2):
-            pyro.sample("x", d.condition(context))
+            pyro.sample("x", family.condition(context))
 
     trace = poutine.trace(model).get_trace()
     trace.compute_log_prob()
-    assert trace.nodes["x"]["value"].shape == (5, 4, 2)
-    assert trace.nodes["x"]["log_prob"].shape == (5, 4)
+    x, found = trace.nodes["x"]["value"], trace.nodes["x"]["log_prob"]
+    assert x.shape == (5, 4, 2)
+    assert len(x.reshape(20, 2).unique(dim=0)) == 20
+    members = [family.condition(c).log_prob(x[:, i]) for i, c in enumerate(context)]
+    torch.testing.assert_close(found, torch.stack(members, -1), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("how", ["poutine", "distribution"])
-def test_mask(how):
-    prior, data = random_prior(2), torch.randn(4, 2)
-    keep = torch.tensor([True, False, False, True])
-
-    def model():
-        with pyro.plate("rows", 4):
-            if how == "poutine":
-                with poutine.mask(mask=keep):
-                    pyro.sample("x", prior, obs=data)
-            else:
-                pyro.sample("x", prior.mask(keep), obs=data)
-
-    found = poutine.trace(model).get_trace().log_prob_sum()
-    assert torch.allclose(found, prior.log_prob(data)[keep].sum())
-
-
-def test_scale():
-    prior, data = random_prior(2), torch.randn(4, 2)
+def test_subsampled_rows_of_data_and_context():
+    family = ConditionalInterpolantDistribution(random_flow(2, context_dim=3)).freeze()
+    data, context = torch.randn(12, 2), torch.randn(12, 3)
 
     def model():
-        with pyro.plate("rows", 4), poutine.scale(scale=2.5):
-            pyro.sample("x", prior, obs=data)
-
-    found = poutine.trace(model).get_trace().log_prob_sum()
-    assert torch.allclose(found, 2.5 * prior.log_prob(data).sum())
-
-
-def test_to_event_site():
-    prior, data = random_prior(2), torch.randn(3, 4, 2)
-
-    def model():
-        with pyro.plate("rows", 3):
-            pyro.sample("x", prior.expand([4]).to_event(1), obs=data)
+        with pyro.plate("rows", 12, subsample_size=4) as i:
+            pyro.sample("x", family.condition(context[i]), obs=data[i])
+            return i
 
     trace = poutine.trace(model).get_trace()
-    trace.compute_log_prob()
-    assert torch.allclose(trace.nodes["x"]["log_prob"], prior.log_prob(data).sum(-1))
-
-
-def test_half_way_prior():
-    prior = random_prior(2).at(0.5)
-    trace = poutine.trace(one_site(prior)).get_trace()
-    trace.compute_log_prob()
-    z = trace.nodes["z"]["value"]
-    assert torch.allclose(trace.nodes["z"]["log_prob"], prior.log_prob(z.clone()), atol=1e-3)
-    assert torch.isfinite(run_svi(one_site(prior), guides.AutoNormal(one_site(prior)))).all()
-
-
-def test_scalar_sites_in_a_plate():
-    """With D = 1 a row is a vector of one: N scalars are (N, 1)."""
-    flow = InterpolantDistribution(random_flow(1))
-    x = torch.randn(20)
-
-    def model(value):
-        with pyro.plate("rows", 20):
-            return pyro.sample("x", flow, obs=value)
-
-    trace = poutine.trace(model).get_trace(x[..., None])
-    trace.compute_log_prob()
-    assert trace.nodes["x"]["log_prob"].shape == (20,)
-    with pytest.raises(ValueError, match=r"\(N, 1\): x\[\.\.\., None\]"):
-        poutine.trace(model).get_trace(x).log_prob_sum()
-
-
-def test_broadcast_handler():
-    prior = random_prior(2)
-
-    def model():
-        with pyro.plate("rows", 3):
-            return pyro.sample("x", prior, infer={"enumerate": None})
-
-    assert poutine.trace(poutine.broadcast(model)).get_trace().nodes["x"]["value"].shape == (3, 2)
-
-
-# ------------------------------------------------------------------------------------ expectations
-
-LOSSES = {
-    "trace": lambda: Trace_ELBO(),
-    "vectorized": lambda: Trace_ELBO(
-        num_particles=3, vectorize_particles=True, max_plate_nesting=1
-    ),
-    "graph": lambda: TraceGraph_ELBO(),
-    "graph_vectorized": lambda: TraceGraph_ELBO(
-        num_particles=3, vectorize_particles=True, max_plate_nesting=1
-    ),
-    "mean_field": lambda: TraceMeanField_ELBO(),
-    "renyi": lambda: RenyiELBO(num_particles=2),
-    "renyi_vectorized": lambda: RenyiELBO(
-        num_particles=2, vectorize_particles=True, max_plate_nesting=1
-    ),
-    "enum": lambda: TraceEnum_ELBO(max_plate_nesting=1),
-    "enum_vectorized": lambda: TraceEnum_ELBO(
-        num_particles=3, vectorize_particles=True, max_plate_nesting=1
-    ),
-}
-
-
-def plated(prior):
-    """Return a model with a global and a plated site under the prior, and data."""
-    data = torch.randn(4, 2)
-
-    def model():
-        z = pyro.sample("z", prior)
-        with pyro.plate("rows", 4):
-            w = pyro.sample("w", prior)
-            pyro.sample("x", dist.Normal(z + w, 1.0).to_event(1), obs=data)
-
-    return model
-
-
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")
-def test_losses(loss, space):
-    def model():
-        with pyro.plate("rows", 4):
-            w = pyro.sample("w", prior)
-            pyro.sample("x", dist.Normal(w, 1.0).to_event(1), obs=data)
-
-    prior, data = random_prior(2), torch.randn(4, 2)
-    model = SPACES[space](model)
-    guide = guides.AutoNormal(model, init_scale=0.1)
-    losses = run_svi(model, guide, loss=LOSSES[loss]())
-    assert torch.isfinite(losses).all()
-    assert losses[0] != losses[1]
-    assert all(v.grad is None or v.grad.isfinite().all() for v in guide.parameters())
-
-
-@pytest.mark.parametrize("loss", ["trace", "vectorized", "graph"])
-def test_learned_likelihood_of_a_latent_context(loss):
-    family = ConditionalInterpolantDistribution(random_flow(2, context_dim=2)).freeze()
-    prior, data = random_prior(2), torch.randn(4, 2)
-
-    def model():
-        with pyro.plate("rows", 4):
-            w = pyro.sample("w", prior)
-            pyro.sample("x", family.condition(w), obs=data)
-
-    guide = guides.AutoNormal(model)
-    assert torch.isfinite(run_svi(model, guide, loss=LOSSES[loss]())).all()
-
-
-@pytest.mark.slow
-def test_vectorized_particles_have_the_right_expectation():
-    """Many particles at once are as many particles one by one."""
-    prior = random_prior(2)
-    model = one_site(prior)
-
-    def guide():
-        pyro.sample("z", dist.Normal(torch.zeros(2), 0.5).to_event(1))
-
-    def mean_loss(*, vectorize):
-        pyro.set_rng_seed(0)
-        loss = Trace_ELBO(1000, vectorize_particles=vectorize, max_plate_nesting=0)
-        return loss.loss(model, guide)
-
-    z = dist.Normal(torch.zeros(2), 0.5).to_event(1).sample((20000,))
-    with torch.no_grad():
-        terms = (
-            dist.Normal(torch.zeros(2), 0.5).to_event(1).log_prob(z)
-            - prior.log_prob(z)
-            - dist.Normal(z.sum(-1), 1.0).log_prob(torch.tensor(2.0))
-        )
-        found = mean_loss(vectorize=True)
-    assert abs(found - float(terms.mean())) < 5 * float(terms.std()) / 1000**0.5
+    i = trace.nodes["_RETURN"]["value"]
+    expected = 3 * sum(family.condition(context[j]).log_prob(data[j]) for j in i)
+    assert torch.allclose(trace.log_prob_sum(lambda name, _: name == "x"), expected)
 
 
 def test_enumeration_upstream_adds_dimensions_on_the_left():
@@ -326,72 +123,57 @@ def test_enumeration_upstream_adds_dimensions_on_the_left():
     assert loss == pytest.approx(-float(expected.sum()))
 
 
-def test_enumeration_above_a_latent_flow():
-    prior = random_prior(2)
-
-    @config_enumerate
-    def model():
-        k = pyro.sample("k", dist.Bernoulli(0.3))
-        z = pyro.sample("z", prior)
-        pyro.sample("y", dist.Normal(z.sum(-1) + k, 1.0), obs=torch.tensor(1.0))
-
-    guide = guides.AutoNormal(poutine.block(model, hide=["k"]))
-    losses = run_svi(model, guide, loss=TraceEnum_ELBO(max_plate_nesting=0))
-    assert torch.isfinite(losses).all()
-
-
 # -------------------------------------------------------------------------------------- autoguides
 
 
-@pytest.mark.parametrize("space", SPACES)
+LOSSES = {
+    "trace": Trace_ELBO,
+    "graph": TraceGraph_ELBO,
+    "mean_field": TraceMeanField_ELBO,
+    "renyi": RenyiELBO,
+    "enum": TraceEnum_ELBO,
+}
+
+
 @pytest.mark.parametrize(
-    "name",
-    slow_but(AUTOGUIDES, "AutoNormal", "AutoDelta", "AutoIAFNormal"),
+    ("name", "loss", "particles", "space"),
+    [
+        ("AutoNormal", "mean_field", 1, "data"),
+        ("AutoDiagonalNormal", "graph", 3, "base"),
+        ("AutoMultivariateNormal", "renyi", 2, "data"),
+        ("AutoLowRankMultivariateNormal", "enum", 3, "base"),
+        ("AutoDelta", "trace", 1, "data"),
+        ("AutoLaplaceApproximation", "trace", 1, "base"),
+        ("AutoIAFNormal", "trace", 3, "data"),
+        ("AutoStructured", "graph", 1, "base"),
+    ],
 )
-def test_autoguides(name, space):
-    prior = random_prior(2)
+@pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")
+def test_autoguides_and_losses(name, loss, particles, space):
+    """A global and a plated site under a prior whose weights stay, and a learned likelihood."""
+    prior, data = random_prior(2), torch.randn(4, 2)
+    family = ConditionalInterpolantDistribution(random_flow(2, context_dim=2)).freeze()
+
+    def model():
+        z = pyro.sample("z", prior)
+        with pyro.plate("rows", 4):
+            w = pyro.sample("w", prior)
+            pyro.sample("x", family.condition(z + w), obs=data)
+
     before = weights(prior.transform)
-    model = SPACES[space](plated(prior))
+    model = SPACES[space](model)
     guide = AUTOGUIDES[name](model)
-    losses = run_svi(model, guide)
+    options = {"num_particles": particles, "vectorize_particles": particles > 1}
+    elbo = LOSSES[loss](max_plate_nesting=1, **options)
+    losses = run_svi(model, guide, loss=elbo)
     assert torch.isfinite(losses).all()
+    assert losses[0] != losses[1]
+    assert all(v.grad is None or v.grad.isfinite().all() for v in guide.parameters())
     site = "z" if space == "data" else "z_base"
     assert guide()[site].shape == (2,)
     assert not moved(prior.transform, before)
     if name == "AutoLaplaceApproximation":
-        laplace = guide.laplace_approximation()
-        assert laplace()[site].shape == (2,)
-        assert torch.isfinite(laplace.get_posterior().scale_tril).all()
-
-
-@pytest.mark.parametrize("space", SPACES)
-def test_guide_list(space):
-    model = SPACES[space](plated(random_prior(2)))
-    first, second = ("z", "w") if space == "data" else ("z_base", "w_base")
-    guide = guides.AutoGuideList(model)
-    guide.append(guides.AutoDiagonalNormal(poutine.block(model, expose=[first])))
-    guide.append(guides.AutoDelta(poutine.block(model, expose=[second])))
-    assert torch.isfinite(run_svi(model, guide)).all()
-    assert guide()[second].shape == (4, 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("space", SPACES)
-def test_laplace_is_exact_for_a_gaussian(space):
-    prior = gaussian_prior(torch.tensor([1.0, 2.0]), torch.tensor([[2.0, 0.0], [0.5, 1.0]]))
-    model = SPACES[space](one_site(prior))
-    guide = guides.AutoLaplaceApproximation(model, init_loc_fn=guides.init_to_median)
-    svi = SVI(model, guide, Adam({"lr": 0.1}), Trace_ELBO())
-    for _ in range(200):
-        svi.step()
-    posterior = guide.laplace_approximation().get_posterior()
-    mean, covariance = posterior.mean, posterior.covariance_matrix
-    if space == "base":
-        linear = prior.transform.flow.whitening.matrix()
-        mean, covariance = prior.transform.flow.loc + linear @ mean, linear @ covariance @ linear.T
-    expected_mean, expected_covariance = one_site_posterior(prior, 2.0)
-    assert torch.allclose(mean, expected_mean, atol=0.05)
-    assert torch.allclose(covariance, expected_covariance, atol=1e-3)
+        assert torch.isfinite(guide.laplace_approximation().get_posterior().scale_tril).all()
 
 
 def one_site_posterior(prior, y):
@@ -408,32 +190,21 @@ def one_site_posterior(prior, y):
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_predictive(parallel):
+    """Of the prior, and of draws of a context."""
     prior = random_prior(2)
-
-    def model():
-        z = pyro.sample("z", prior)
-        with pyro.plate("rows", 4):
-            w = pyro.sample("w", prior)
-            pyro.sample("x", dist.Normal(w.sum(-1), 1.0))
-        return z
-
-    draws = Predictive(model, num_samples=6, parallel=parallel)()
-    assert draws["z"].reshape(6, 2).unique(dim=0).shape == (6, 2)
-    assert draws["w"].shape == (6, 4, 2)
-    assert draws["x"].shape == (6, 4)
-
-
-@pytest.mark.parametrize("parallel", [False, True])
-def test_predictive_of_posterior_samples(parallel):
     family = ConditionalInterpolantDistribution(random_flow(2, context_dim=2)).freeze()
 
     def model():
+        pyro.sample("z", prior)
         with pyro.plate("rows", 4):
-            c = pyro.sample("c", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            c = pyro.sample("c", prior)
             pyro.sample("x", family.condition(c))
 
-    draws = Predictive(model, {"c": torch.randn(6, 4, 2)}, parallel=parallel)()
-    assert draws["x"].shape == (6, 4, 2)
+    for given in ({}, {"c": torch.randn(6, 4, 2)}):
+        draws = Predictive(model, given or None, num_samples=6, parallel=parallel)()
+        assert draws["z"].reshape(6, 2).unique(dim=0).shape == (6, 2)
+        assert draws["x"].shape == (6, 4, 2)
+        assert "c" in given or draws["c"].shape == (6, 4, 2)
 
 
 @pytest.mark.slow
@@ -449,35 +220,20 @@ def test_importance():
     assert run.get_ESS() > 100
 
 
-@pytest.mark.parametrize("space", SPACES)
-def test_psis(space):
-    model = SPACES[space](one_site(random_prior(2)))
-    guide = guides.AutoNormal(model, init_scale=0.7)
-    guide()
-    k = psis_diagnostic(model, guide, num_particles=200, max_plate_nesting=0)
-    assert k < 2.0
-
-
 # -------------------------------------------------------------------------------------------- NUTS
 
 
-def run_nuts(model, *, samples=200, warmup=60, chains=1, init=None, **kwargs):
-    """Return a finished run."""
-    options = {} if init is None else {"init_strategy": init}
-    mcmc = MCMC(
-        NUTS(model, **options, **kwargs),
-        num_samples=samples,
-        warmup_steps=warmup,
-        num_chains=chains,
-        disable_progbar=True,
-    )
+def run_nuts(model, *, samples, warmup=60, **options):
+    """Return the draws of one chain."""
+    kernel = NUTS(model, **options)
+    mcmc = MCMC(kernel, num_samples=samples, warmup_steps=warmup, disable_progbar=True)
     mcmc.run()
-    return mcmc
+    return mcmc.get_samples()
 
 
-def check_posterior(z, mean, covariance, chains=1):
+def check_posterior(z, mean, covariance):
     """Check the moments of draws, shape ``(N, D)``, within their own Monte Carlo error."""
-    ess = effective_sample_size(z.reshape(chains, -1, z.shape[-1])).clamp(max=float(len(z)))
+    ess = effective_sample_size(z[None]).clamp(max=float(len(z)))
     assert (ess > 30).all()
     sd = covariance.diagonal().sqrt()
     assert ((z.mean(0) - mean).abs() < 4.5 * sd / ess.sqrt()).all()
@@ -491,18 +247,13 @@ def prior_at_a_hundred():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("space", SPACES)
-def test_nuts_gives_the_closed_form_posterior(space):
+def test_nuts_gives_the_closed_form_posterior():
     prior = prior_at_a_hundred()
-    model = SPACES[space](one_site(prior, y=200.0))
-    init = guides.initialization.init_to_sample if space == "data" else None
+    model = base_space(one_site(prior, y=200.0))
     # A dense mass matrix: twice as many effective draws for as many steps.
-    draws = run_nuts(model, samples=250, init=init, full_mass=True).get_samples()
-    if space == "data":
-        z = draws["z"]
-    else:
-        assert list(draws) == ["z_base"]
-        z = Predictive(model, draws)()["z"]
+    draws = run_nuts(model, samples=150, full_mass=True)
+    assert list(draws) == ["z_base"]
+    z = Predictive(model, draws)()["z"]
     check_posterior(z, *one_site_posterior(prior, 200.0))
 
 
@@ -521,62 +272,9 @@ def test_nuts_in_both_spaces_agrees_for_a_flow_that_is_not_gaussian():
     mean = mass @ grid
     variance = mass @ (grid - mean) ** 2
     for space, wrapped in SPACES.items():
-        draws = run_nuts(wrapped(model), samples=200, warmup=60).get_samples()
+        draws = run_nuts(wrapped(model), samples=150)
         z = draws["z"] if space == "data" else Predictive(wrapped(model), draws)()["z"]
         check_posterior(z, mean[None], variance[None, None])
-
-
-@pytest.mark.slow
-def test_two_chains_in_two_processes(monkeypatch):
-    """After the prior was used: no cached graph may travel to the workers."""
-    prior = gaussian_prior(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.0], [0.5, 1.0]]))
-    model = base_space(ChainsModel(prior))
-    leaf = torch.zeros(3, 2, requires_grad=True)
-    prior.log_prob(prior.transform(leaf))
-    monkeypatch.setattr(torch.multiprocessing, "cpu_count", lambda: 3)  # else one after another
-    mcmc = run_nuts(model, samples=60, warmup=30, chains=2, max_tree_depth=5)
-    assert type(mcmc.sampler).__name__ == "_MultiSampler"
-    draws = mcmc.get_samples(group_by_chain=True)["z_base"]
-    assert draws.shape == (2, 60, 2)
-    assert not torch.equal(draws[0], draws[1])
-    z = Predictive(model, mcmc.get_samples())()["z"]
-    check_posterior(z, *one_site_posterior(prior, 2.0), chains=2)
-
-
-class ChainsModel:
-    """A model that worker processes can unpickle: an object of a class at module level."""
-
-    def __init__(self, prior):
-        self.prior = prior
-
-    def __call__(self):
-        one_site(self.prior)()
-
-
-def test_init_to_sample_is_the_strategy_in_data_space():
-    """The default proposes near zero, 20 standard deviations off; a prior draw is near."""
-    prior = prior_at_a_hundred()
-    starts = {}
-    for name in ("init_to_uniform", "init_to_sample"):
-        kernel = NUTS(one_site(prior), init_strategy=getattr(guides, name))
-        kernel.setup(1)
-        z = kernel.initial_params["z"]
-        starts[name] = float(prior.transform.flow.whitening.to_white(z).abs().max())
-    assert starts["init_to_sample"] < 5
-    assert starts["init_to_uniform"] > 10
-
-
-def test_nuts_on_a_support():
-    """HMC moves in the unconstrained space of the support, so its draws are in it."""
-    prior = random_prior(2, support=torch.distributions.constraints.positive)
-    prior.transform.solver = FixedGrid(steps=3)
-
-    def model():
-        z = pyro.sample("z", prior)
-        pyro.sample("y", dist.Normal(z.sum(-1), 2.0), obs=torch.tensor(0.5))
-
-    draws = run_nuts(model, samples=15, warmup=10).get_samples()["z"]
-    assert (draws > 0).all()
 
 
 # ---------------------------------------------------------------------- modules, freezing, storing
@@ -609,11 +307,11 @@ def normal_guide():
     pyro.sample("z", dist.Normal(loc, 0.5).to_event(1))
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_distribution_as_attribute_is_not_trained(frozen):
-    prior = random_prior(2, frozen=frozen)
+def test_distribution_as_attribute_and_in_a_closure_is_not_trained():
+    prior = random_prior(2, frozen=False)
     model = WithDistribution(prior=prior)
     before = weights(prior.transform)
+    run_svi(one_site(prior), normal_guide)
     run_svi(model, normal_guide)
     assert not moved(prior.transform, before)
     assert float(model.loc.detach()) != 0.0
@@ -632,22 +330,14 @@ def test_transform_as_attribute_is_trained_unless_frozen(frozen):
     assert bool(stored) is not frozen
 
 
-def test_closure_is_not_trained():
-    prior = random_prior(2, frozen=False)
-    before = weights(prior.transform)
-    run_svi(one_site(prior), normal_guide)
-    assert not moved(prior.transform, before)
-
-
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("kind", [WithDistribution, WithTransform])
+@pytest.mark.parametrize(("kind", "space"), [(WithDistribution, "data"), (WithTransform, "base")])
 def test_frozen_through_elbo_module(kind, space):
     """``elbo(model, guide).parameters()`` hands all trainable parameters to torch's optimisers."""
     prior = random_prior(2)
     model = kind(prior=prior) if kind is WithDistribution else kind(flow=prior.transform)
     inference = SPACES[space](model)
     guide = guides.AutoNormal(inference)
-    elbo = Trace_ELBO()(model, guide) if space == "data" else Trace_ELBO()(inference, guide)
+    elbo = Trace_ELBO()(inference, guide)
     elbo()
     own = {id(p) for p in prior.transform.parameters()}
     trainable = [p for p in elbo.parameters() if p.requires_grad]
@@ -660,15 +350,6 @@ def test_frozen_through_elbo_module(kind, space):
         optimizer.step()
     assert not moved(prior.transform, before)
     assert all(p.grad is None for p in prior.transform.parameters())
-
-
-def test_frozen_through_an_autoguide():
-    prior = random_prior(2)
-    model = WithTransform(flow=prior.transform)
-    before = weights(prior.transform)
-    guide = guides.AutoNormal(model)
-    run_svi(model, guide)
-    assert not moved(prior.transform, before)
 
 
 @pytest.mark.skipif(
@@ -705,11 +386,9 @@ def train(model, steps=15):
     return [svi.step() for _ in range(steps)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_flow_trained_as_a_likelihood(dtype):
-    flow = fresh(2).to(dtype)
-    data = (torch.randn(64, 2) * 0.7 + torch.tensor([1.5, -1.0])).to(dtype)
+def test_flow_trained_as_a_likelihood():
+    flow = fresh(2).to(torch.float32)
+    data = (torch.randn(64, 2) * 0.7 + torch.tensor([1.5, -1.0])).float()
     distribution = InterpolantDistribution(flow)
 
     def model():
@@ -721,78 +400,9 @@ def test_flow_trained_as_a_likelihood(dtype):
     losses = train(model)
     assert losses[0] == pytest.approx(-before, rel=1e-5)
     assert losses[-1] < losses[0] - 0.5 * len(data)
-    assert distribution.log_prob(data).dtype == dtype
+    assert distribution.log_prob(data).dtype == torch.float32
     # What was trained is what is evaluated: no stale trajectory, and no error of a coarse grid.
     found = float(distribution.log_prob(data).sum().detach())
     assert found == pytest.approx(float(distribution.log_prob(data.clone()).sum().detach()))
     flow.solver = FixedGrid(steps=24)
     assert float(distribution.log_prob(data).sum().detach()) > before + 0.5 * len(data)
-
-
-def test_conditional_flow_trained_as_a_likelihood():
-    flow = fresh(2, context_dim=2)
-    context = torch.randn(64, 2)
-    data = context + 0.5 * torch.randn(64, 2)
-    family = ConditionalInterpolantDistribution(flow)
-
-    def model():
-        pyro.module("flow", flow)
-        with pyro.plate("rows", len(data)):
-            pyro.sample("x", family.condition(context), obs=data)
-
-    losses = train(model)
-    assert losses[-1] < losses[0] - 0.2 * len(data)
-    # It is the context that explains the data.
-    with torch.no_grad():
-        right = family.condition(context).log_prob(data).mean()
-        wrong = family.condition(context.flip(0)).log_prob(data).mean()
-    assert right > wrong + 0.1
-
-
-@pytest.mark.slow
-def test_flow_trained_as_a_guide():
-    flow = fresh(2)
-    target = dist.Normal(torch.tensor([1.0, -1.0]), 0.5).to_event(1)
-
-    def model():
-        pyro.sample("z", target)
-
-    def guide():
-        pyro.module("flow", flow)
-        pyro.sample("z", InterpolantDistribution(flow))
-
-    svi = SVI(
-        model,
-        guide,
-        Adam({"lr": 0.02}),
-        Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=0),
-    )
-    losses = [svi.step() for _ in range(60)]
-    assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
-
-
-def test_training_a_prior_through_a_latent():
-    """Empirical Bayes: the weights of an unfrozen prior get gradients through a guide's sample."""
-    prior = random_prior(2, frozen=False)
-    before = weights(prior.transform)
-
-    def model():
-        pyro.module("flow", prior.transform)
-        one_site(prior)()
-
-    losses = run_svi(model, normal_guide, steps=3)
-    assert torch.isfinite(losses).all()
-    assert moved(prior.transform, before)
-
-
-# ------------------------------------------------------------------------------ Pyro's own reparam
-
-
-def test_stock_transform_reparam():
-    prior = random_prior(2)
-    model = poutine.reparam(one_site(prior), {"z": TransformReparam()})
-    trace = poutine.trace(model).get_trace()
-    assert sorted(trace.stochastic_nodes) == ["z_base"]
-    assert torch.allclose(
-        trace.nodes["z"]["value"], prior.transform(trace.nodes["z_base"]["value"])
-    )
