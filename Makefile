@@ -1,5 +1,5 @@
 # The commands people look for; CONTRIBUTING.md says more.
-.PHONY: install test test-all lint types smoke docs ci
+.PHONY: install test test-all lint types smoke docs ci release-check
 
 install:
 	pip install -e '.[test]'
@@ -8,7 +8,7 @@ test:
 	pytest
 
 test-all:
-	pytest -m "slow or not slow"
+	pytest -m "(slow or not slow) and not release"
 
 lint:
 	ruff check .
@@ -19,11 +19,20 @@ types:
 
 # All examples and benchmarks; of these the peers that are there: pip install -e '.[benchmark]'.
 smoke:
-	pytest tests/test_examples.py -m "slow or not slow"
+	pytest tests/test_examples.py -m "slow or not slow or release"
 
 # The site, its tutorials run; DOCS_SMALL=1 for small sizes. It wants pip install -e '.[docs]'.
 docs:
 	sphinx-build -W -b html docs docs/_build/html
+
+# What a release runs, and nobody else: every test with its marker, the suite by a slow and a fast
+# clock, the tutorials in full with their checks, killed runs. An hour on two cores.
+release-check: lint types
+	pytest -m "slow or not slow or release"
+	pytest --tick 1e-6
+	pytest --tick 1e-2
+	sphinx-build -W -b html docs docs/_build/html
+	python benchmarks/kill_resume.py
 
 ci:
 	.ci/run

@@ -4,6 +4,7 @@ Each module starts from it too, so that what its fixtures train once is no slowe
 """
 
 import gc
+import itertools
 import os
 import resource
 import tempfile
@@ -15,14 +16,26 @@ import torch
 from compiling import settings
 from narrow import brief_looks, narrow_networks, small_runs
 
+from pyro_interpolant import _package
+
 # What the generators are after a seed. To give one takes a millisecond, for each of thousands of
 # tests: torch keeps the whole stack of calls for each kind of device that is not there.
 pyro.set_rng_seed(0)
 SEEDED = pyro.util.get_rng_state()
 
 
+def pytest_addoption(parser):
+    text = "what the clock of the package advances by at each reading, seconds"
+    parser.addoption("--tick", type=float, default=1e-3, help=text)
+
+
 def pytest_configure(config):
-    """Tell jax how to compile, in all processes of a run: those of workers begin after this."""
+    """Replace the clock of the package, and tell jax how to compile, in all processes of a run.
+
+    Those of workers begin after this.
+    """
+    tick, readings = config.getoption("--tick"), itertools.count()
+    _package.now = lambda: tick * next(readings)
     if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="compiled-")
         config.add_cleanup(folder.cleanup)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform, constraints
 from tqdm import tqdm
 
-from .._package import check_ranges, now, number, whole
+from .. import _package
+from .._package import check_ranges, number, whole
 from .._torch import seeded, with_gradients
 from ..distributions.bases import only_possible, standard_normal
 from ..distributions.constraints import Constraint
@@ -213,7 +214,7 @@ def distill(
         number("learning_rate > 0", learning_rate, lambda n: n > 0),
     )
     count, steps, batch_size = int(count), int(steps), int(batch_size)
-    began, flow = now(), distribution.transform.flow
+    began, flow = _package.now(), distribution.transform.flow
     given = None if student is None else StudentTransforms(student).to(flow.loc)
     if given is not None:
         given.check(flow.loc)
@@ -239,7 +240,7 @@ def distill(
     excess = (log_p - log_q).double()
     error = float(excess.std()) / math.sqrt(len(excess))
     ends = [Whiten(whitening).inv, *distribution.space.transforms(flow)]
-    seconds = now() - began
+    seconds = _package.now() - began
     found = fitted.over(x, ends, distribution.space)
     return DistillResult(found, float(excess.mean()), error, steps, seconds)
 

@@ -370,7 +370,7 @@ class Near:
 def test_a_truncated_prior_leaves_latents_with_all_that_they_were_drawn_with(model, observed):
     simulator = simulator_of(model, observed=observed)
     torch.manual_seed(0)
-    found = truncated(simulator, [(Near(), -1.0)], 500, lambda v: v["w"][:, None], math.inf)
+    found = truncated(simulator, [(Near(), -1.0)], 500, lambda v: v["w"][:, None])
     w = found.latents["w"]
     assert len(w) == 500
     assert bool(((w - 3).abs() <= 1).all())
