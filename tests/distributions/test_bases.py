@@ -1,8 +1,6 @@
 import copy
 import math
 import pickle
-import subprocess
-import sys
 
 import pyro
 import pyro.distributions as dist
@@ -342,16 +340,10 @@ class Off(Linear):
         return 1 - t, 0.9 * t, torch.zeros_like(t)
 
 
-class WithoutNoise(Linear):
-    def coefficients(self, t):
-        return 1 - t, t
-
-
 @pytest.mark.parametrize(
     ("interpolant", "message"),
     [
         (Off(), r"expected coefficients .* at t = 0 and t = 1, got .* from Off"),
-        (WithoutNoise(), r"of WithoutNoise to be three tensors .*, got \[\(2,\), \(2,\)\]"),
         (NonlinearInterpolant(lambda t, a, b: (1 - t) * a + t * b + 0.1), "to be x0 at t = 0"),
         (NonlinearInterpolant(lambda t, a, b: (1 - t) * a), "to be x1 at t = 1"),
     ],
@@ -402,21 +394,6 @@ def test_an_external_base():
         assert flow.sample((2,)).dtype == torch.float64
 
 
-def test_the_weights_of_an_external_base_can_be_trained_after_moments(monkeypatch):
-    monkeypatch.setattr("pyro_interpolant.distributions.summaries._DRAWS", 8)
-
-    class Mixture(Lazy):
-        def forward(self, context=None):
-            parts = torch.distributions.Categorical(torch.ones(1)), super().forward().expand((1,))
-            return torch.distributions.MixtureSameFamily(*parts)
-
-    flow = InterpolantDistribution(interpolant_transform(2, (8,)), ExternalBase(Mixture()))
-    assert not flow.has_rsample  # so that no gradient of moments reaches them
-    assert not flow.freeze().moments().mean.requires_grad
-    assert flow.base.source.loc.requires_grad
-    assert flow.log_prob(torch.zeros(2)).requires_grad
-
-
 def test_an_external_base_is_neither_guessed_nor_saved(tmp_path):
     with pytest.raises(TypeError, match=r"expected a torch distribution.*got Wrong"):
         ExternalBase(Wrong())
@@ -424,24 +401,6 @@ def test_an_external_base_is_neither_guessed_nor_saved(tmp_path):
     with pytest.raises(ValueError, match="got a ExternalBase"):
         save(flow, tmp_path / "flow.safetensors")
     assert not list(tmp_path.iterdir())
-
-
-ZUKO = """
-import torch, zuko
-import pyro_interpolant as pi
-torch.manual_seed(0)
-base = pi.ExternalBase(zuko.flows.NSF(2, transforms=1, hidden_features=(16, 16)))
-d = pi.InterpolantDistribution(pi.interpolant_transform(2, (16, 16)), base)
-x = torch.randn(400, 2) * 0.5 + 1
-pi.fit(d, x, steps=3, progress=False, batch_size=100, seed=0)
-y = d.sample((7,))
-assert y.shape == (7, 2) and d.log_prob(y).shape == (7,) and torch.isfinite(d.log_prob(y)).all()
-"""
-
-
-def test_a_zuko_flow_as_base():
-    pytest.importorskip("zuko", reason="an extra of the benchmarks")
-    subprocess.run([sys.executable, "-W", "ignore", "-c", ZUKO], check=True, timeout=900)
 
 
 # ---- bases in whitened coordinates --------------------------------------------------------------
@@ -704,15 +663,6 @@ def test_a_transformed_base_whose_density_was_asked_for_is_converted(name):
     torch.testing.assert_close(log_prob, own.float(), rtol=1e-3, atol=1e-3)
     given = TRANSFORMED[name](zero.float())
     assert torch.equal(flow.base.log_prob(x.float().abs()), given.log_prob(x.float().abs()))
-
-
-def test_moments_of_a_mixture_of_transformed_parts_whose_density_was_asked_for():
-    parts = dist.LogNormal(torch.zeros(2, 1), 0.5 * torch.ones(2, 1)).to_event(1)
-    mixture = dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts)
-    flow = InterpolantDistribution(random_flow(1), mixture, support=dist.constraints.unit_interval)
-    before = flow.mean
-    flow.log_prob(flow.sample((3,)))
-    assert torch.equal(flow.mean, before)
 
 
 def test_a_base_of_another_batch_is_refused_and_the_one_before_stays():

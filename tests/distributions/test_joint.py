@@ -7,11 +7,8 @@ import torch
 from cases import random_flow
 from pyro import poutine
 from pyro.distributions import constraints
-from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
-from pyro.infer.inspect import get_dependencies
+from pyro.infer import MCMC, NUTS, Predictive
 from pyro.ops.stats import effective_sample_size
-from pyro.optim import Adam
 
 from pyro_interpolant import (
     FixedGrid,
@@ -148,23 +145,6 @@ def test_sample_sites():
     assert torch.allclose(trace.log_prob_sum(), expected, atol=1e-2)
 
 
-def test_sample_sites_in_a_plate():
-    d = joint("scalar", "factor")
-
-    def model():
-        with pyro.plate("rows", 4):
-            return d.sample_sites("theta")
-
-    trace = poutine.trace(model).get_trace()
-    trace.compute_log_prob()
-    for name in ("scalar", "factor"):
-        assert trace.nodes[name]["value"].shape == (4, *SITES[name][0])
-        assert trace.nodes[name]["fn"].batch_shape == (4,)
-    trace = poutine.trace(base_space(model)).get_trace()
-    assert "theta_base" in trace.stochastic_nodes
-    assert {"theta", "scalar", "factor"} <= set(trace.observation_nodes)
-
-
 def grouped(prior, y=None, plates=None):
     """Return a site that comes whole, used in its plate."""
     scales = prior.sample_sites("theta", plates=plates)["scales"]
@@ -252,63 +232,6 @@ def test_packed_draws_outside_of_plates_are_not_mixed_in_parallel(space, name):
     assert torch.allclose(y, d.unpack(packed)["scalar"][:, None].expand(4, 4), atol=1e-3)
 
 
-@SPACES
-def test_what_depends_on_the_sites_is_told(space):
-    """As ``render_model`` asks, by tensors that Pyro tracks: slices of their shape are tuples."""
-    d = joint("scalar", "scales", "weights").freeze()
-
-    def model():
-        sites = d.sample_sites("theta", plates={"scales": 1})
-        with pyro.plate("groups", 2):
-            pyro.sample("y", dist.Normal(sites["scalar"], sites["scales"]), obs=torch.zeros(2))
-
-    latent = "theta" if space(model) is model else "theta_base"
-    assert latent in get_dependencies(space(model))["prior_dependencies"]["y"]
-
-
-def test_named_draws():
-    d = joint(*SITES).freeze()
-    for batch in ((), (4,)):
-        draws = d.expand(batch).sample_dict((5,))
-        assert list(draws) == list(SITES)
-        for name, (shape, support) in SITES.items():
-            assert draws[name].shape == (5, *batch, *shape)
-            assert support.check(draws[name]).all()
-    pyro.set_rng_seed(0)
-    named = d.sample_dict()
-    pyro.set_rng_seed(0)
-    assert torch.allclose(d.pack(named), d.sample())
-
-
-@pytest.mark.parametrize(
-    ("space", "particles"), [(base_space, 1), (base_space, 3), (lambda m: m, 3)]
-)
-def test_svi(space, particles):
-    prior = joint("scalar", "vector", "scale").freeze()
-
-    def model():
-        sites = prior.sample_sites("theta")
-        loc = sites["scalar"] + sites["vector"].sum(-1)
-        pyro.sample("x", dist.Normal(loc, sites["scale"]), obs=torch.tensor(1.0))
-
-    model = space(model)
-    elbo = Trace_ELBO(
-        num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=0
-    )
-    svi = SVI(model, AutoNormal(model), Adam({"lr": 0.01}), elbo)
-    assert torch.isfinite(torch.tensor([svi.step() for _ in range(2)])).all()
-
-
-@pytest.mark.parametrize("parallel", [False, True])
-def test_predictive(parallel):
-    d = joint("scalar", "factor")
-    draws = Predictive(lambda: d.sample_sites("theta"), num_samples=6, parallel=parallel)()
-    for name in ("scalar", "factor"):
-        assert draws[name].shape == (6, *SITES[name][0])
-        assert SITES[name][1].check(draws[name]).all()
-    assert draws["theta"].shape == (6, 4)
-
-
 # -------------------------------------------------------------------------------------- from draws
 
 
@@ -346,37 +269,32 @@ def test_fit_takes_named_draws_and_lists():
 
 ONES = torch.ones(50, 3)
 TWO = constraints.greater_than(torch.zeros(2))
+
+
+SIZE = r"site 'scales' of shape \(\*, 2\), got "
+
+ONES = torch.ones(50, 3)
 REFUSED = {  # named draws, supports, and the message
     "nothing": ({}, {}, "expected named draws"),
-    "unknown site": (
-        {"vector": ONES},
-        {"other": constraints.positive},
-        r"supports of sites among \['vector'\].*\['other'\]",
-    ),
-    "one support": ({"vector": ONES}, constraints.positive, "supports of named draws as a dict"),
-    "no names": (ONES, {"x": constraints.positive}, r"one support.* a dictionary: .*stack"),
-    "lengths": (
-        {"vector": ONES, "scales": ONES[:40]},
-        {},
-        "as many draws of every site.*'vector': 50.*40",
-    ),
-    "whole numbers": ({"vector": ONES.long()}, {}, "site 'vector' of a floating type, got"),
+    "unknown site": ({"a": ONES}, {"b": constraints.positive}, r"sites among \['a'\].*\['b'\]"),
+    "one support": ({"a": ONES}, constraints.positive, "supports of named draws as a dict"),
+    "lengths": ({"a": ONES, "b": ONES[:40]}, {}, "as many draws of every site.*'a': 50.*40"),
     "not a number": (
-        {"vector": ONES.index_fill(0, torch.tensor([7]), torch.nan)},
+        {"a": ONES.index_fill(0, torch.tensor([7]), torch.nan)},
         {},
-        "finite site 'vector'.*1 of 50 rows.*row 7",
+        "finite site 'a'.*1 of 50 rows.*row 7",
     ),
     "off the support": (
-        {"scale": ONES[:, 0].index_fill(0, torch.tensor([3, 8]), 0.0)},
-        {"scale": constraints.positive},
-        "site 'scale'.*got 2 of 50 rows.*first being row 3",
+        {"a": ONES[:, 0].index_fill(0, torch.tensor([3, 8]), 0.0)},
+        {"a": constraints.positive},
+        "site 'a'.*got 2 of 50 rows.*first being row 3",
     ),
-    "a sphere": (
-        {"vector": ONES},
-        {"vector": constraints.sphere},
-        "^site 'vector': expected a support",
+    "two bounds": (
+        {"a": ONES},
+        {"a": constraints.greater_than(torch.zeros(2))},
+        r"shape \(3,\), got GreaterThan",
     ),
-    "two bounds": ({"vector": ONES}, {"vector": TWO}, r"shape \(3,\), got GreaterThan"),
+    "sphere": ({"a": ONES}, {"a": constraints.sphere}, "^site 'a': expected a support"),
 }
 
 
@@ -387,36 +305,22 @@ def test_draws_that_are_refused(name):
         quick(draws, support=support)
 
 
-SIZE = r"site 'scales' of shape \(\*, 2\), got "
-VALUES = {
-    "named": (lambda d, x: d.log_prob(d.unpack(x)), r"packed vectors.*log_prob\(joint.pack\("),
-    "missing": (lambda d, x: d.pack({"scalar": x[:, 0]}), SIZE + "none"),
-    "a shape": (lambda d, x: d.pack({"scalar": x[:, 0], "scales": x}), SIZE + r"shape \(5, 3\)"),
-    "batches": (
-        lambda d, x: d.pack({"scalar": x[:, 0], "scales": x[:3, 1:]}),
-        r"one batch shape, got \{'scalar': \(5,\), 'scales': \(3,",
-    ),
-    "packed": (lambda d, x: d.unpack(x[:, :2]), r"a value of shape \(\*, 3\), got \(5, 2\)"),
-}
-
-
-@pytest.mark.parametrize("name", VALUES)
-def test_values_that_are_refused(name):
-    ask, message = VALUES[name]
-    with pytest.raises((TypeError, ValueError), match=message):
-        ask(joint("scalar", "scales"), torch.ones(5, 3))
-
-
-def test_flows_and_bounds_of_another_size_are_refused():
-    with pytest.raises(ValueError, match="expected a flow of dimension 5, got 4"):
-        JointInterpolantDistribution(
-            random_flow(4), sites={"vector": SITES["vector"], "scales": SITES["scales"]}
-        )
-    bounded = constraints.interval(torch.zeros(1), torch.ones(1))
-    with pytest.raises(ValueError, match=r"events of shape \(\), got Interval"):
-        JointInterpolantDistribution(random_flow(1), sites={"a": ((), bounded)})
-    d = JointInterpolantDistribution(random_flow(2), sites={"a": ((2,), bounded)})
-    assert d.sample_dict((5,))["a"].shape == (5, 2)
+def test_values_that_are_refused():
+    d, x = joint("scalar", "scales"), torch.ones(5, 3)
+    with pytest.raises(TypeError, match=r"packed vectors.*log_prob\(joint.pack\("):
+        d.log_prob(d.unpack(x))
+    size = r"site 'scales' of shape \(\*, 2\), got "
+    for sites, message in (
+        ({"scalar": x[:, 0]}, size + "none"),
+        ({"scalar": x[:, 0], "scales": x}, size + r"shape \(5, 3\)"),
+        ({"scalar": x[:, 0], "scales": x[:3, 1:]}, r"one batch shape, got \{'scalar': \(5,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            d.pack(sites)
+    with pytest.raises(ValueError, match=r"a value of shape \(\*, 3\), got \(5, 2\)"):
+        d.unpack(x[:, :2])
+    with pytest.raises(ValueError, match="expected a flow of dimension 3, got 4"):
+        JointInterpolantDistribution(random_flow(4), sites=d.sites)
 
 
 # -------------------------------------------------------------------------- a posterior as a prior
