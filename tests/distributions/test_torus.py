@@ -447,7 +447,8 @@ def test_a_flow_on_the_torus_has_its_period_as_a_base():
 def test_a_trained_flow_has_the_density_and_no_seam():
     target = dist.VonMises(torch.tensor([math.pi, 1.0]), torch.tensor([2.0, 5.0])).to_event(1)
     rows = wrap(target.sample((10_000,)))
-    options = {"steps": 300, "learning_rate": 1e-2, "batch_size": 512, "hidden_dims": (32, 32)}
+    network = TorusMLP(2, (32, 32))
+    options = {"steps": 300, "learning_rate": 1e-2, "batch_size": 512, "network": network}
     model = from_samples(rows, support=circular, seed=0, progress=False, **options)
     assert isinstance(model.base, UniformTorus)
     test_rows = wrap(target.sample((2000,)))
