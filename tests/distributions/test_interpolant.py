@@ -9,14 +9,12 @@ import torch
 from cases import BASES, CountingSolver, gaussian_prior, random_flow, random_prior, slow_but
 from pyro.distributions import constraints
 from pyro.distributions.testing.gof import auto_goodness_of_fit
-from torch.distributions import Independent
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     ConditionalInterpolantTransform,
     FixedGrid,
     InterpolantDistribution,
-    InterpolantTransform,
     VelocityMLP,
 )
 from pyro_interpolant.distributions.joint import ConditionalJointInterpolantDistribution
@@ -354,23 +352,6 @@ def test_freeze():
     assert not dict(pyro.get_param_store())
 
 
-def test_what_pyro_reads_of_a_distribution():
-    d = plain()
-    assert isinstance(d.base_dist, Independent)  # as the stock TransformReparam needs it
-    assert (d.base_dist.event_dim, d.base_dist.batch_shape) == (1, ())
-    d.has_rsample_(False)  # noqa: FBT003
-    assert not d.expand((3,)).has_rsample
-    d.has_rsample = True
-    assert d.has_rsample
-    text = repr(plain(support=constraints.positive).expand((3,)))
-    assert text.startswith("InterpolantDistribution(event_shape=(2,), batch_shape=(3,)")
-    assert "GreaterThan(lower_bound=0.0)" in text
-    family = conditional(support=constraints.positive)
-    assert isinstance(family, dist.ConditionalTransformedDistribution)
-    values = torch.tensor([[1.0, 2.0]])
-    assert torch.allclose(family.unconstrained(values), values.log())
-
-
 # ------------------------------------------------------------------------------------------- types
 
 
@@ -389,19 +370,6 @@ def test_to_type(name):
     assert d.expand((5,)).sample().dtype == torch.float32
     back = d.to(torch.float64)
     assert torch.allclose(back.log_prob(x), expected, atol=1e-3)
-
-
-def test_to_type_of_batches_and_families():
-    for name in BATCHED:
-        d = BATCHED[name]().to(torch.float32)
-        assert (d.batch_shape, d.sample().shape, d.sample().dtype) == ((4,), (4, 2), torch.float32)
-    family = conditional(base=BASES["laplace"](2)).to(torch.float32)
-    member = family.condition(torch.randn(4, 3, dtype=torch.float32))
-    assert member.sample().dtype == torch.float32
-    d = plain().expand((3,))
-    torch.nn.ModuleList([d.transform]).float()  # moving a module that holds it is enough
-    x = d.rsample()
-    assert (x.dtype, d.log_prob(x).dtype) == (torch.float32, torch.float32)
 
 
 def test_a_base_is_not_cut_off_from_its_parameters():
@@ -470,13 +438,3 @@ def test_values_and_parts_that_are_refused(name):
     ask, message = REFUSED[name]
     with pytest.raises((TypeError, ValueError), match=message):
         ask()
-
-
-def test_what_a_network_lacks_is_not_said_of_the_base():
-    class Unwritten(torch.nn.Module):
-        event_dim = 2
-
-    for base in (None, BASES["laplace"](2)):
-        d = InterpolantDistribution(InterpolantTransform(Unwritten()), base)
-        with pytest.raises(NotImplementedError, match='Unwritten.*the required "forward"'):
-            d.rsample((3,))

@@ -7,11 +7,8 @@ import torch
 from cases import random_flow
 from pyro import poutine
 from pyro.distributions import constraints
-from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
-from pyro.infer.inspect import get_dependencies
+from pyro.infer import MCMC, NUTS, Predictive
 from pyro.ops.stats import effective_sample_size
-from pyro.optim import Adam
 
 from pyro_interpolant import (
     FixedGrid,
@@ -21,7 +18,7 @@ from pyro_interpolant import (
     fit,
     from_samples,
 )
-from pyro_interpolant.distributions.joint import log_det_of_sites, pack, sites_of
+from pyro_interpolant.distributions.joint import log_det_of_sites
 
 # Raised inside torch, by its own first use of forward-mode differentiation.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -65,10 +62,13 @@ def supports_of(*names):
     return {n: SITES[n][1] for n in names if SITES[n][1] is not constraints.real}
 
 
+SPACES = pytest.mark.parametrize("space", [lambda m: m, base_space], ids=["data", "base"])
+
+
 # ----------------------------------------------------------------------------------------- packing
 
 
-@pytest.mark.parametrize("names", [*[(n,) for n in SITES], tuple(SITES), ("weights", "scalar")])
+@pytest.mark.parametrize("names", [tuple(SITES), ("weights", "scalar"), ("vector",)])
 def test_pack_and_unpack(names):
     d, draws = joint(*names), draws_of(*names)
     packed = d.pack(draws)
@@ -78,17 +78,11 @@ def test_pack_and_unpack(names):
     for name in names:
         assert torch.allclose(again[name], draws[name])
     assert torch.allclose(d.pack(again), packed)
-
-
-@pytest.mark.parametrize("batch", [(), (4, 5)])
-def test_pack_with_any_batch(batch):
-    d = joint(*SITES)
-    packed = torch.randn(*batch, 18)
-    sites = d.unpack(packed)
-    for name, (shape, support) in SITES.items():
-        assert sites[name].shape == (*batch, *shape)
-        assert support.check(sites[name]).all()
-    assert torch.allclose(d.pack(sites), packed)
+    for name, value in d.unpack(packed.reshape(5, 10, -1)).items():
+        assert torch.equal(value.flatten(0, 1), again[name])
+    single = joint("vector", "scalar")
+    packed = single.pack({"scalar": torch.tensor(7.0), "vector": torch.arange(3.0)})
+    assert packed.tolist() == [0.0, 1.0, 2.0, 7.0]  # in the order of the sites
 
 
 def test_the_log_determinant_is_that_of_the_jacobian():
@@ -107,21 +101,6 @@ def test_the_log_determinant_is_that_of_the_jacobian():
         torch.testing.assert_close(log_det, exact)
 
 
-def test_bounds_of_a_site_have_its_shape():
-    bounded = constraints.interval(torch.zeros(1), torch.ones(1))
-    with pytest.raises(ValueError, match=r"events of shape \(\), got Interval"):
-        JointInterpolantDistribution(random_flow(1), sites={"a": ((), bounded)})
-    with pytest.raises(ValueError, match=r"events of shape \(\), got Interval"):
-        from_samples({"a": torch.rand(50)}, support={"a": bounded})
-    two = constraints.greater_than(torch.zeros(2))
-    with pytest.raises(ValueError, match=r"events of shape \(3,\), got GreaterThan"):
-        JointInterpolantDistribution(random_flow(3), sites={"a": ((3,), two)})
-    with pytest.raises(ValueError, match=r"events of shape \(3,\), got GreaterThan"):
-        from_samples({"a": torch.rand(50, 3)}, support={"a": two})
-    d = JointInterpolantDistribution(random_flow(2), sites={"a": ((2,), bounded)})
-    assert d.sample_dict((5,))["a"].shape == (5, 2)
-
-
 def test_values_of_sites_have_the_type_of_the_packed_vector():
     """Whatever the type of the bounds: packed again, they have a density."""
     bounds = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
@@ -132,34 +111,17 @@ def test_values_of_sites_have_the_type_of_the_packed_vector():
     assert d.log_prob(d.pack(draws)).dtype == torch.float32
 
 
-def test_packing_order_is_that_of_the_sites():
-    d = joint("vector", "scalar")
-    packed = d.pack({"scalar": torch.tensor(7.0), "vector": torch.arange(3.0)})
-    assert packed.tolist() == [0.0, 1.0, 2.0, 7.0]
-
-
-def test_log_prob_is_that_of_the_packed_vector():
+def test_the_density_is_that_of_the_packed_vector():
     d = joint("scalar", "scales")
     x = d.sample((5,))
-    assert x.shape == (5, 3)
-    assert d.log_prob(x).shape == (5,)
     torch.testing.assert_close(d.log_prob(d.pack(d.unpack(x))), d.log_prob(x))
-    for ask in (d.log_prob, d.score):
-        with pytest.raises(TypeError, match=r"packed vectors.*log_prob\(joint.pack\(draws\)\)"):
-            ask(d.unpack(x))
-    sites = {**draws_of("scalar", rows=5), **draws_of("scales", rows=3)}
-    with pytest.raises(
-        ValueError, match=r"one batch shape, got \{'scalar': \(5,\), 'scales': \(3,"
-    ):
-        d.pack(sites)
-
-
-def test_expand_and_copy_keep_the_sites():
-    d = joint("scalar", "scales").expand((4,))
-    assert isinstance(d, JointInterpolantDistribution)
-    sites = d.unpack(d.sample())
-    assert sites["scalar"].shape == (4,)
-    assert sites["scales"].shape == (4, 2)
+    large = d.expand((4,))
+    sites = large.unpack(large.sample())
+    assert (sites["scalar"].shape, sites["scales"].shape) == ((4,), (4, 2))
+    assert repr(large) == (
+        "JointInterpolantDistribution(sites={scalar: () on Real(), scales: (2,) on "
+        "GreaterThan(lower_bound=0.0)}, batch_shape=(4,))"
+    )
 
 
 # --------------------------------------------------------------------------------------- in models
@@ -183,20 +145,6 @@ def test_sample_sites():
     assert torch.allclose(trace.log_prob_sum(), expected, atol=1e-2)
 
 
-def test_sample_sites_in_a_plate():
-    d = joint("scalar", "scales", "factor")
-
-    def model():
-        with pyro.plate("rows", 4):
-            return d.sample_sites("theta")
-
-    trace = poutine.trace(model).get_trace()
-    trace.compute_log_prob()
-    for name in ("scalar", "scales", "factor"):
-        assert trace.nodes[name]["value"].shape == (4, *SITES[name][0])
-        assert trace.nodes[name]["fn"].batch_shape == (4,)
-
-
 def grouped(prior, y=None, plates=None):
     """Return a site that comes whole, used in its plate."""
     scales = prior.sample_sites("theta", plates=plates)["scales"]
@@ -205,7 +153,7 @@ def grouped(prior, y=None, plates=None):
     return scales
 
 
-@pytest.mark.parametrize("space", [lambda m: m, base_space], ids=["data", "base"])
+@SPACES
 def test_a_site_of_a_plate_counts_once_for_each_of_many_particles(space):
     d, y = joint("scalar", "scales").freeze(), torch.tensor([0.3, -0.2])
     model = space(lambda: grouped(d, y, {"scales": 1}))
@@ -227,14 +175,11 @@ def test_draws_by_name_reach_a_plate(parallel):
     assert torch.equal(y.abs() < 0.1, draws["scales"] < 1)
 
 
-@pytest.mark.parametrize("plates", [{"scales": 2}, {"scales": -1}, {"none": 1}])
-def test_plates_that_a_site_has_not_are_refused(plates):
-    with pytest.raises(ValueError, match="expected plates of sites among"):
-        joint("scalar", "scales").sample_sites("theta", plates=plates)
-
-
-def test_a_site_inside_its_own_plate_already_is_refused():
+def test_plates_that_are_refused():
     d = joint("scalar", "scales")
+    for plates in ({"scales": 2}, {"none": 1}):
+        with pytest.raises(ValueError, match="expected plates of sites among"):
+            d.sample_sites("theta", plates=plates)
     with (
         pyro.plate("groups", 2),
         pytest.raises(ValueError, match=r"outside of the 1 plates of site 'scales'.*\(2,\)"),
@@ -242,9 +187,8 @@ def test_a_site_inside_its_own_plate_already_is_refused():
         d.sample_sites("theta", plates={"scales": 1})
 
 
-@pytest.mark.parametrize("space", [lambda m: m, base_space], ids=["data", "base"])
-@pytest.mark.parametrize("fix", [poutine.do, poutine.condition])
-def test_named_sites_can_be_fixed(space, fix):
+@SPACES
+def test_named_sites_can_be_fixed(space):
     d = joint("scalar", "scales").freeze()
 
     def model():
@@ -252,11 +196,12 @@ def test_named_sites_can_be_fixed(space, fix):
         return pyro.sample("y", dist.Delta(100 * sites["scalar"] + sites["scales"].sum(-1)))
 
     given = {"scalar": torch.tensor(5.0), "scales": torch.tensor([1.0, 2.0])}
-    assert fix(space(model), given)() == 503
-    assert space(fix(model, given))() == 503
+    for fix in (poutine.do, poutine.condition):
+        assert fix(space(model), given)() == 503
+        assert space(fix(model, given))() == 503
 
 
-@pytest.mark.parametrize("space", [lambda m: m, base_space], ids=["data", "base"])
+@SPACES
 @pytest.mark.parametrize("parallel", [False, True])
 def test_draws_by_name_reach_the_model(space, parallel):
     d = joint("scalar", "scales").freeze()
@@ -287,208 +232,95 @@ def test_packed_draws_outside_of_plates_are_not_mixed_in_parallel(space, name):
     assert torch.allclose(y, d.unpack(packed)["scalar"][:, None].expand(4, 4), atol=1e-3)
 
 
-@pytest.mark.parametrize("space", [lambda m: m, base_space], ids=["data", "base"])
-def test_what_depends_on_the_sites_is_told(space):
-    """As ``render_model`` asks, by tensors that Pyro tracks: slices of their shape are tuples."""
-    d = joint("scalar", "scales", "weights").freeze()
-
-    def model():
-        sites = d.sample_sites("theta", plates={"scales": 1})
-        with pyro.plate("groups", 2):
-            pyro.sample("y", dist.Normal(sites["scalar"], sites["scales"]), obs=torch.zeros(2))
-
-    latent = "theta" if space(model) is model else "theta_base"
-    assert latent in get_dependencies(space(model))["prior_dependencies"]["y"]
-
-
-def test_named_draws():
-    d = joint(*SITES).freeze()
-    for batch in ((), (4,)):
-        draws = d.expand(batch).sample_dict((5,))
-        assert list(draws) == list(SITES)
-        for name, (shape, support) in SITES.items():
-            assert draws[name].shape == (5, *batch, *shape)
-            assert support.check(draws[name]).all()
-    pyro.set_rng_seed(0)
-    named = d.sample_dict()
-    pyro.set_rng_seed(0)
-    assert torch.allclose(d.pack(named), d.sample())
-
-
-def test_its_repr_names_the_sites():
-    text = repr(joint("scalar", "scales").expand((4,)))
-    assert text == (
-        "JointInterpolantDistribution(sites={scalar: () on Real(), scales: (2,) on "
-        "GreaterThan(lower_bound=0.0)}, batch_shape=(4,))"
-    )
-
-
-@pytest.mark.parametrize("space", [lambda m: m, base_space], ids=["data", "base"])
-@pytest.mark.parametrize("vectorized", [False, True])
-def test_svi(space, vectorized):
-    prior = joint("scalar", "vector", "scale").freeze()
-
-    def model():
-        sites = prior.sample_sites("theta")
-        loc = sites["scalar"] + sites["vector"].sum(-1)
-        pyro.sample("x", dist.Normal(loc, sites["scale"]), obs=torch.tensor(1.0))
-
-    model = space(model)
-    guide = AutoNormal(model)
-    elbo = Trace_ELBO(
-        num_particles=3 if vectorized else 1, vectorize_particles=vectorized, max_plate_nesting=0
-    )
-    svi = SVI(model, guide, Adam({"lr": 0.01}), elbo)
-    assert torch.isfinite(torch.tensor([svi.step() for _ in range(2)])).all()
-
-
-@pytest.mark.parametrize("parallel", [False, True])
-def test_predictive(parallel):
-    d = joint("scalar", "scales", "factor")
-    draws = Predictive(lambda: d.sample_sites("theta"), num_samples=6, parallel=parallel)()
-    for name in ("scalar", "scales", "factor"):
-        assert draws[name].shape == (6, *SITES[name][0])
-        assert SITES[name][1].check(draws[name]).all()
-    assert draws["theta"].shape == (6, 6)
-
-
-def test_base_space_keeps_the_names():
-    d = joint("scalar", "scales")
-    trace = poutine.trace(base_space(lambda: d.sample_sites("theta"))).get_trace()
-    assert trace.stochastic_nodes == ["theta_base"]
-    assert {"theta", "scalar", "scales"} <= set(trace.observation_nodes)
-
-
 # -------------------------------------------------------------------------------------- from draws
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [("scalar",), ("vector",), ("scalar", "matrix"), tuple(SITES)])
-def test_from_samples(names):
-    draws = draws_of(*names, rows=100)
-    d = quick(draws, support=supports_of(*names))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_from_samples(dtype):
+    draws = {name: value.to(dtype) for name, value in draws_of(*SITES, rows=100).items()}
+    d = quick(draws, support=supports_of(*SITES))
     assert isinstance(d, JointInterpolantDistribution)
-    assert list(d.sites) == list(names)
-    assert d.event_shape == (sum(SIZES[n] for n in names),)
+    assert list(d.sites) == list(SITES)
     assert not any(p.requires_grad for p in d.transform.parameters())
     sites = d.unpack(d.sample((200,)))
-    for name in names:
-        assert sites[name].shape == (200, *SITES[name][0])
-        assert SITES[name][1].check(sites[name]).all()
+    for name, (shape, support) in SITES.items():
+        assert sites[name].shape == (200, *shape)
+        assert sites[name].dtype == dtype
+        assert support.check(sites[name]).all()
     # Whitening alone gives the packed mean and covariance, near enough.
     packed, drawn = d.pack(draws), d.sample((2000,))
+    assert d.log_prob(packed).dtype == dtype
     sd = packed.std(0)
     assert ((packed.mean(0) - drawn.mean(0)).abs() < 0.4 * sd).all()
     assert ((drawn.std(0) / sd - 1).abs() < 0.3).all()
 
 
-@pytest.mark.slow
-def test_from_samples_in_float32():
-    draws = {k: v.float() for k, v in draws_of("vector", "scales", rows=100).items()}
-    d = quick(draws, support=supports_of("scales"))
-    assert d.sample().dtype == torch.float32
-    assert d.log_prob(d.pack(draws)).dtype == torch.float32
-
-
-def test_fit_takes_named_draws():
+def test_fit_takes_named_draws_and_lists():
     d = joint("vector", "scales")
-    fit(d, draws_of("vector", "scales", rows=100), steps=2, progress=False, seed=0)
-    assert ((d.transform.flow.loc - torch.zeros(5)).abs() < 0.5).all()
-
-
-@pytest.mark.slow
-def test_from_samples_is_reproducible():
     draws = draws_of("vector", "scales", rows=100)
-    a, b = (quick(draws, support=supports_of("scales")) for _ in range(2))
-    x = a.pack(draws)
-    assert torch.equal(a.log_prob(x), b.log_prob(x))
+    draws = {name: value.tolist() for name, value in draws.items()}
+    fit(d, draws, steps=2, progress=False, seed=0)
+    expected = d.pack({name: torch.tensor(value) for name, value in draws.items()})
+    assert ((d.transform.flow.loc - expected.mean(0)).abs() < 0.5).all()
 
 
 # ------------------------------------------------------------------------------------------ errors
 
-
-def test_flow_of_another_size_raises():
-    with pytest.raises(ValueError, match="expected a flow of dimension 5, got 4"):
-        JointInterpolantDistribution(
-            random_flow(4), sites={"vector": SITES["vector"], "scales": SITES["scales"]}
-        )
+ONES = torch.ones(50, 3)
+TWO = constraints.greater_than(torch.zeros(2))
 
 
-def test_support_of_an_unknown_site_raises():
-    with pytest.raises(ValueError, match=r"supports of sites among \['vector'\].*\['other'\]"):
-        quick(draws_of("vector"), support={"other": constraints.positive})
+SIZE = r"site 'scales' of shape \(\*, 2\), got "
+
+ONES = torch.ones(50, 3)
+REFUSED = {  # named draws, supports, and the message
+    "nothing": ({}, {}, "expected named draws"),
+    "unknown site": ({"a": ONES}, {"b": constraints.positive}, r"sites among \['a'\].*\['b'\]"),
+    "one support": ({"a": ONES}, constraints.positive, "supports of named draws as a dict"),
+    "lengths": ({"a": ONES, "b": ONES[:40]}, {}, "as many draws of every site.*'a': 50.*40"),
+    "not a number": (
+        {"a": ONES.index_fill(0, torch.tensor([7]), torch.nan)},
+        {},
+        "finite site 'a'.*1 of 50 rows.*row 7",
+    ),
+    "off the support": (
+        {"a": ONES[:, 0].index_fill(0, torch.tensor([3, 8]), 0.0)},
+        {"a": constraints.positive},
+        "site 'a'.*got 2 of 50 rows.*first being row 3",
+    ),
+    "two bounds": (
+        {"a": ONES},
+        {"a": constraints.greater_than(torch.zeros(2))},
+        r"shape \(3,\), got GreaterThan",
+    ),
+    "sphere": ({"a": ONES}, {"a": constraints.sphere}, "^site 'a': expected a support"),
+}
 
 
-def test_no_sites_raises():
-    with pytest.raises(ValueError, match="expected named draws"):
-        quick({})
+@pytest.mark.parametrize("name", REFUSED)
+def test_draws_that_are_refused(name):
+    draws, support, message = REFUSED[name]
+    with pytest.raises((TypeError, ValueError), match=message):
+        quick(draws, support=support)
 
 
-def test_one_support_for_named_draws_raises():
-    with pytest.raises(TypeError, match="supports of named draws as a dictionary"):
-        quick(draws_of("vector"), support=constraints.positive)
-
-
-def test_named_supports_for_one_tensor_raise():
-    with pytest.raises(TypeError, match=r"one support.* a dictionary: .*stack.* dict\(frame\)"):
-        quick(torch.randn(50, 2), support={"x": constraints.positive})
-
-
-def test_differing_lengths_raise():
-    draws = {**draws_of("vector"), **draws_of("scales", rows=40)}
-    with pytest.raises(ValueError, match="as many draws of every site.*'vector': 50.*40"):
-        quick(draws, support=supports_of("scales"))
-
-
-def test_integer_draws_raise():
-    with pytest.raises(TypeError, match="site 'vector' of a floating type, got torch.int64"):
-        quick({"vector": torch.ones(50, 3, dtype=torch.long)})
-
-
-def test_draws_that_are_no_tensors_raise():
-    with pytest.raises(TypeError, match="site 'vector'"):
-        quick({"vector": "three"})
-
-
-def test_non_finite_draws_raise():
-    draws = draws_of("vector")
-    draws["vector"][7, 1] = float("nan")
-    with pytest.raises(ValueError, match="finite site 'vector'.*1 of 50 rows.*row 7"):
-        quick(draws)
-
-
-def test_draws_outside_the_support_raise():
-    draws = draws_of("vector", "scales")
-    draws["scales"][[3, 8]] *= -1
-    with pytest.raises(ValueError, match="site 'scales'.*got 2 of 50 rows.*first being row 3"):
-        quick(draws, support=supports_of("scales"))
-
-
-def test_the_row_of_a_scalar_site_is_named():
-    scale = torch.ones(100) + torch.rand(100)
-    scale[[50, 60]] = 0.0
-    with pytest.raises(ValueError, match="site 'scale'.*got 2 of 100 rows.*first being row 50"):
-        quick({"scale": scale}, support={"scale": constraints.positive})
-
-
-def test_support_without_a_bijection_raises():
-    with pytest.raises(ValueError, match="expected a support"):
-        quick(draws_of("vector"), support={"vector": constraints.sphere})
-
-
-def test_missing_site_raises():
-    d = joint("vector", "scales")
-    with pytest.raises(ValueError, match=r"site 'scales' of shape \(\*, 2\), got none"):
-        d.pack(draws_of("vector"))
-
-
-def test_site_of_another_shape_raises():
-    d = joint("vector", "scales")
-    draws = {**draws_of("vector"), "scales": torch.ones(50, 3)}
-    with pytest.raises(ValueError, match=r"site 'scales' of shape \(\*, 2\), got shape \(50, 3\)"):
-        d.pack(draws)
-    with pytest.raises(ValueError, match=r"site 'vector' of shape \(\*, 3\), got shape \(\)"):
-        d.pack({"vector": torch.tensor(1.0)})
+def test_values_that_are_refused():
+    d, x = joint("scalar", "scales"), torch.ones(5, 3)
+    with pytest.raises(TypeError, match=r"packed vectors.*log_prob\(joint.pack\("):
+        d.log_prob(d.unpack(x))
+    size = r"site 'scales' of shape \(\*, 2\), got "
+    for sites, message in (
+        ({"scalar": x[:, 0]}, size + "none"),
+        ({"scalar": x[:, 0], "scales": x}, size + r"shape \(5, 3\)"),
+        ({"scalar": x[:, 0], "scales": x[:3, 1:]}, r"one batch shape, got \{'scalar': \(5,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            d.pack(sites)
+    with pytest.raises(ValueError, match=r"a value of shape \(\*, 3\), got \(5, 2\)"):
+        d.unpack(x[:, :2])
+    with pytest.raises(ValueError, match="expected a flow of dimension 3, got 4"):
+        JointInterpolantDistribution(random_flow(4), sites=d.sites)
 
 
 # -------------------------------------------------------------------------- a posterior as a prior
@@ -537,25 +369,3 @@ def test_posterior_as_prior():
     learned = 3 * after_first[1].diagonal().sqrt() / 3000**0.5
     assert ((found.mean(0) - mean).abs() < 4.5 * sd / ess.sqrt() + learned).all()
     assert ((found.std(0) / sd - 1).abs() < 0.15).all()
-
-
-def test_packed_vectors_of_another_size_are_refused():
-    joint = JointInterpolantDistribution(random_flow(3), sites={"a": ((3,), constraints.real)})
-    with pytest.raises(ValueError, match=r"expected a value of shape \(\*, 3\), got \(4,\)"):
-        joint.unpack(torch.zeros(4))
-    with pytest.raises(TypeError, match="a value that is a tensor, got list"):
-        joint.unpack([0.0, 1.0, 2.0])
-
-
-@pytest.mark.parametrize("support", [constraints.lower_cholesky, "positive"])
-def test_the_site_whose_support_cannot_be_learned_is_named(support):
-    draws = {"a": torch.randn(5), "scale": torch.randn(5, 2, 2)}
-    with pytest.raises((TypeError, ValueError), match="^site 'scale': expected "):
-        sites_of(draws, {"scale": support})
-
-
-def test_named_draws_may_be_nested_lists():
-    draws = {"m": torch.randn(5, 2).tolist(), "s": torch.randn(5).tolist()}
-    sites = sites_of(draws, {"m": constraints.real})
-    assert {name: tuple(shape) for name, (shape, _) in sites.items()} == {"m": (2,), "s": ()}
-    assert torch.equal(pack(sites, draws)[:, :2], torch.tensor(draws["m"]))
