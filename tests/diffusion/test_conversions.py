@@ -125,53 +125,29 @@ def test_denoiser_and_noise_give_what_they_determine_at_the_ends():
 
 
 ZEROS = torch.zeros(4, 2, dtype=torch.float64)
-TIMES_TO_THE_END = torch.tensor([0.2, 1.0, 1.0, 0.1], dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda: convert(Linear(), TIMES_TO_THE_END, ZEROS, velocity=ZEROS).score,
-            r"got t = 1:.*at\(t\)\.score",
-        ),
-        (lambda: convert(Mirror(), 0.5, ZEROS, velocity=ZEROS).score, "got t = 0.5:"),
-        (
-            lambda: convert(Trigonometric(), 1.0, ZEROS, denoiser=ZEROS).score,
-            "the denoiser determines the score, got t = 1",
-        ),
-        (lambda: convert(Linear(), 1.0, ZEROS, noise=ZEROS).velocity, "there is noise, got t = 1"),
-        (
-            lambda: convert(Linear(), 0.0, ZEROS, score=ZEROS).velocity,
-            "depends on the data, got t = 0",
-        ),
-        (
-            lambda: convert(EncodingDecoding(), 0.3, ZEROS, velocity=ZEROS).denoiser,
-            "determines the denoiser, got t = 0.3",
-        ),
-        (
-            lambda: convert(Linear(), 0.5, ZEROS, velocity=ZEROS, noise=ZEROS),
-            "expected one of .*, got velocity and noise",
-        ),
-        (
-            lambda: convert(Linear(), 1.5, ZEROS, velocity=ZEROS).score,
-            r"times in \[0, 1\], got 1.5",
-        ),
-        (
-            lambda: convert(Linear(), 0.5, ZEROS, velocity=ZEROS[:, :1]),
-            r"a velocity of as many columns as states of shape .*, got shape \(4, 1\)",
-        ),
-        (
-            lambda: (
-                convert(NonlinearInterpolant(lambda t, a, b: a), 0.5, ZEROS, velocity=ZEROS).score
-            ),
-            "expected a linear interpolant, got NonlinearInterpolant",
-        ),
-    ],
-)
-def test_refusals(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+def test_refusals():
+    with pytest.raises(ValueError, match=r"got t = 1:.*at\(t\)\.score"):
+        _ = convert(Linear(), torch.tensor([0.2, 1.0, 1.0, 0.1]), ZEROS, velocity=ZEROS).score
+    with pytest.raises(ValueError, match="got t = 0.5:"):
+        _ = convert(Mirror(), 0.5, ZEROS, velocity=ZEROS).score
+    with pytest.raises(ValueError, match="the denoiser determines the score, got t = 1"):
+        _ = convert(Trigonometric(), 1.0, ZEROS, denoiser=ZEROS).score
+    with pytest.raises(ValueError, match="there is noise, got t = 1"):
+        _ = convert(Linear(), 1.0, ZEROS, noise=ZEROS).velocity
+    with pytest.raises(ValueError, match="depends on the data, got t = 0"):
+        _ = convert(Linear(), 0.0, ZEROS, score=ZEROS).velocity
+    with pytest.raises(ValueError, match="determines the denoiser, got t = 0.3"):
+        _ = convert(EncodingDecoding(), 0.3, ZEROS, velocity=ZEROS).denoiser
+    with pytest.raises(ValueError, match="expected one of .*, got velocity and noise"):
+        convert(Linear(), 0.5, ZEROS, velocity=ZEROS, noise=ZEROS)
+    with pytest.raises(ValueError, match=r"times in \[0, 1\], got 1.5"):
+        convert(Linear(), 1.5, ZEROS, velocity=ZEROS)
+    with pytest.raises(ValueError, match=r"a velocity of as many columns as states of shape"):
+        convert(Linear(), 0.5, ZEROS, velocity=ZEROS[:, :1])
+    with pytest.raises(ValueError, match="expected a linear interpolant, got NonlinearInterp"):
+        convert(NonlinearInterpolant(lambda t, a, b: a), 0.5, ZEROS, velocity=ZEROS)
 
 
 @pytest.mark.parametrize("t", [0.9, 0.9999, 1.0])
