@@ -136,12 +136,13 @@ def test_guidance_changes_the_variance_and_not_the_model():
     assert float((b - flow.log_prob(y)).abs().max()) > 0.05  # of the flow, it is not
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
 def test_without_diffusion_it_is_the_log_prob_of_the_flow(guidance):
     truth = random_mixture(2, Linear())
     flow, y = flow_of(truth), LOC + truth.sample(1.0, 6) @ LINEAR.T
     value, stderr = sde_log_prob(
-        flow, y, diffusion=lambda t: 0.0, paths=2, steps=100, guidance=guidance
+        flow, y, diffusion=lambda t: 0.0, paths=2, steps=200, guidance=guidance
     )
     assert torch.allclose(value, flow.log_prob(y), atol=1e-3)
     assert float(stderr.max()) < 1e-12
