@@ -14,7 +14,6 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.diagnostics.psis import (
     K_HAT_LIMIT,
-    _fit_tail,
     change_of_mean,
     effective_sample_size,
     log_total,
@@ -26,27 +25,13 @@ from pyro_interpolant.diagnostics.psis import (
 )
 
 
-def pareto(k, count, scale=1.0):
+def pareto(k, count):
     """Return ascending quantiles of a generalised Pareto distribution."""
     p = (torch.arange(count) + 0.5) / count
-    tail = -torch.log1p(-p)
-    return scale * (torch.expm1(k * tail) / k if k else tail)
+    return torch.expm1(-k * torch.log1p(-p)) / k
 
 
-@pytest.mark.parametrize("k", [-0.4, 0.0, 0.3, 0.7, 1.2])
-def test_the_fit_recovers_shape_and_scale(k):
-    shape, scale = _fit_tail(pareto(k, 3000, 2.5))
-    assert shape == pytest.approx(k, abs=0.05)
-    assert scale == pytest.approx(2.5, rel=0.05)
-
-
-def test_a_tail_that_cannot_be_fitted_has_an_infinite_index():
-    shape, scale = _fit_tail(torch.tensor([5e-324] * 20 + [0.5, 1.0]))  # 1 / x overflows
-    assert shape == math.inf
-    assert math.isnan(scale)
-
-
-@pytest.mark.parametrize("k", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("k", [0.2, 0.8])
 def test_k_hat_is_the_index_of_the_tail(k):
     x = torch.distributions.Exponential(1.0).sample((40_000,))
     assert pareto_smooth(k * x).k_hat == pytest.approx(k, abs=0.12)
@@ -81,7 +66,7 @@ def test_smoothing_leaves_a_tail_of_pareto_as_it_is():
 
 @pytest.mark.slow
 def test_smoothing_lowers_the_error_of_a_heavy_estimate():
-    x = torch.distributions.Exponential(1.0).sample((300, 1000))
+    x = torch.distributions.Exponential(1.0).sample((100, 1000))
     errors = []
     for row in x:
         raw = 0.6 * row
@@ -95,7 +80,7 @@ def test_smoothing_lowers_the_error_of_a_heavy_estimate():
     assert float((smooth - truth).square().mean()) < float((plain - truth).square().mean())
 
 
-def test_zero_weights_stay_zero_and_equal_ones_have_no_tail():
+def test_weights_without_a_tail_to_judge():
     raw = torch.cat((torch.randn(200), torch.full((50,), -math.inf)))
     smoothed = pareto_smooth(raw)
     assert bool((smoothed.log_weights[200:] == -math.inf).all())
@@ -103,22 +88,20 @@ def test_zero_weights_stay_zero_and_equal_ones_have_no_tail():
     flat = pareto_smooth(torch.zeros(100))
     assert flat.k_hat == -math.inf
     torch.testing.assert_close(flat.log_weights, torch.full((100,), -math.log(100)))
+    short = pareto_smooth(torch.randn(10).float())
+    assert short.k_hat == math.inf
+    assert short.log_weights.dtype == torch.float32
+    assert float(short.log_weights.logsumexp(0)) == pytest.approx(0.0, abs=1e-6)
+    one = torch.full((500,), -math.inf)
+    one[7] = 0.0
+    assert pareto_smooth(one).k_hat > 0.7
 
 
-def test_a_tail_too_short_cannot_be_judged():
-    smoothed = pareto_smooth(torch.randn(10))
-    assert smoothed.k_hat == math.inf
-    assert float(smoothed.log_weights.logsumexp(0)) == pytest.approx(0.0, abs=1e-12)
-
-
-def test_one_weight_alone_is_told():
-    raw = torch.full((500,), -math.inf)
-    raw[7] = 0.0
-    assert pareto_smooth(raw).k_hat > 0.7
-
-
-def test_the_type_is_kept():
-    assert pareto_smooth(torch.randn(100).float()).log_weights.dtype == torch.float32
+def test_weights_may_be_an_array_or_whole_numbers():
+    weights, whole = torch.randn(200), torch.arange(40) % 7
+    assert torch.equal(pareto_smooth(weights.numpy())[0], pareto_smooth(weights)[0])
+    assert torch.equal(pareto_smooth(whole)[0], pareto_smooth(whole.double())[0])
+    assert effective_sample_size(weights.tolist()) == effective_sample_size(weights)
 
 
 def test_the_effective_sample_size_in_closed_form():
@@ -164,15 +147,6 @@ def test_the_largest_weights_are_computed_again_at_doubled_steps():
     assert change == 0.0
 
 
-def test_draws_without_a_density_are_not_known_to_be_right():
-    base = dist.Uniform(-torch.ones(2), torch.ones(2)).to_event(1)
-    flow = InterpolantDistribution(interpolant_transform(2, (8,), solver=FixedGrid(1)), base)
-    x = torch.tensor([[0.5, 0.5], [3.0, 0.0]])  # beyond the bounds of the base
-    log_q = flow.log_prob(x)
-    assert recompute_largest(flow, x, torch.zeros(2), log_q, 2)[1] == math.inf
-    assert recompute_largest(flow, x, torch.zeros(2), torch.zeros(2), 2)[1] == math.inf
-
-
 def test_the_change_of_a_mean_weight_without_one_is_infinite():
     some, none = torch.randn(50), torch.full((50,), -math.inf)
     for before, after in ((some, none), (none, some), (none, none)):
@@ -182,17 +156,17 @@ def test_the_change_of_a_mean_weight_without_one_is_infinite():
     assert change_of_mean(unknown, some) == change_of_mean(zero, some) < math.inf
 
 
-def test_draws_are_weighed_once():
+def test_every_draw_is_weighed_once():
     q, p, seen = dist.Normal(0.0, 1.0), dist.Normal(0.2, 0.9), []
 
     def density(x):
         seen.append(x)
         return p.log_prob(x)
 
-    drawn = weighted_draws(q, density, 5000)
+    drawn = weighted_draws(q, density, 500)
     x, log_weights, change, solver_error = drawn
-    assert len(x) == 5000
     assert torch.equal(x, torch.cat(seen))
+    assert len(x) == 500
     torch.testing.assert_close(log_weights, p.log_prob(x) - q.log_prob(x))
     assert (change, solver_error) == (0.0, 0.0)
     assert drawn.summary() == summarise_weights(log_weights)
@@ -220,9 +194,7 @@ def test_the_error_of_the_evidence_counts_that_of_the_solver():
     assert solver_error_of_mean(flow, target.log_prob, 20) == 0.0
 
 
-@pytest.mark.parametrize(
-    "kind", ["gaussianized", "joint, gaussianized", "laplace, positive", "simplex", "halfway"]
-)
+@pytest.mark.parametrize("kind", ["joint, gaussianized", "laplace, positive", "halfway"])
 def test_what_is_computed_again_is_the_density_of_the_whole_distribution(kind):
     flow = KINDS[kind]().freeze()
     flow.transform.solver = FixedGrid(3, "euler")
@@ -252,21 +224,10 @@ def test_the_error_of_the_evidence_counts_the_rounding_of_densities():
     assert within == 20
 
 
-def test_whole_numbers_are_weights_like_others():
-    whole = torch.arange(40) % 7
-    smoothed, k_hat = pareto_smooth(whole)
-    expected = pareto_smooth(whole.double())
-    assert k_hat == expected.k_hat
-    assert torch.equal(smoothed, expected.log_weights)
-    assert effective_sample_size(whole) == effective_sample_size(whole.double())
-
-
 @pytest.mark.parametrize("function", [pareto_smooth, effective_sample_size])
-def test_what_cannot_be_weights_is_refused(function):
+def test_refusals(function):
     with pytest.raises(ValueError, match=r"shape \(N,\), N >= 1, got \(2, 2\)"):
         function(torch.zeros(2, 2))
-    with pytest.raises(ValueError, match=r"shape \(N,\), N >= 1, got \(0,\)"):
-        function(torch.zeros(0))
     with pytest.raises(ValueError, match="got 1 NaN or .inf and 1 finite ones of 2"):
         function(torch.tensor([0.0, math.nan]))
     with pytest.raises(ValueError, match="got 0 NaN or .inf and 0 finite ones of 3"):
@@ -285,7 +246,7 @@ def test_rounded_weights_have_the_tail_that_they_had():
     assert pareto_smooth(equal).k_hat == math.inf
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_nearly_equal_weights_are_judged_by_their_tail_alone(seed):
     """A normal proposal of a posterior all but normal: the 300 largest weights are mostly bulk."""
     pyro.set_rng_seed(seed)
@@ -321,11 +282,3 @@ def test_a_rare_mode_is_no_tail_to_be_judged_alone():
     weights = 0.01 * torch.randn(10_000)
     weights[:20] += 6.2
     assert pareto_smooth(weights).k_hat > K_HAT_LIMIT
-
-
-def test_weights_may_be_an_array_of_any_library():
-    weights = torch.randn(200)
-    found, expected = pareto_smooth(weights.numpy()), pareto_smooth(weights)
-    assert torch.equal(found.log_weights, expected.log_weights)
-    assert found.k_hat == expected.k_hat
-    assert effective_sample_size(weights.tolist()) == effective_sample_size(weights)

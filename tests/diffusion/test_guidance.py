@@ -1,7 +1,5 @@
 """Guided samples against a network whose guided velocity is solved in closed form."""
 
-import math
-
 import pyro.distributions as dist
 import pytest
 import torch
@@ -35,7 +33,7 @@ def family(null_label=2):
     return pi.ConditionalInterpolantDistribution(transform, event_shape=IMAGE_SHAPE).freeze()
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("scale", [0.0, 2.5])
 def test_samples_follow_the_guided_velocity(scale):
     images, labels, w = family(), torch.tensor([0, 1, 1]), torch.randn(4, 3, 16)
     found = guided(images, scale).condition(labels)
@@ -81,33 +79,26 @@ def test_it_keeps_names_and_sites():
     assert bool((draws["sigma"] > 0).all())
 
 
-def test_it_starts_from_the_same_base_and_keeps_the_solver():
+def test_it_keeps_base_solver_nodes_and_type():
     transform = pi.ConditionalInterpolantTransform(Labelled(), solver=pi.FixedGrid(3, "euler"))
+    transform.trains_weights = False
     base = dist.Normal(torch.tensor([5.0, -5.0]), 0.1).to_event(1)
     given = guided(pi.ConditionalInterpolantDistribution(transform, base)).condition(
         torch.tensor(1)
     )
     assert given.transform.solver == pi.FixedGrid(3, "euler")
+    assert not given.transform.trains_weights
     expected = given.transform(base.mean)
     assert (given.sample((200,)).mean(0) - expected).abs().max() < 0.05
-
-
-def test_it_leaves_the_type_of_a_flow_without_weights():
     transform = pi.ConditionalInterpolantTransform(Labelled()).float()
     guided(pi.ConditionalInterpolantDistribution(transform))
     assert transform.flow.loc.dtype == torch.float32
 
 
-def test_its_students_are_told_without_a_density():
-    found = guided(family()).condition(torch.tensor(1))
-    assert not found.has_density()
-    result = pi.distill(found, count=100, steps=1, progress=False, seed=0)
-    assert math.isnan(result.relative_entropy)
-
-
 def test_it_has_no_density_and_no_file(tmp_path):
     found = guided(family())
     given = found.condition(torch.tensor([0, 1]))
+    assert not given.has_density()
     with pytest.raises(NotImplementedError, match="no density that is known.*log_prob of the"):
         given.log_prob(given.sample())
     levels = torch.zeros(2, *IMAGE_SHAPE, dtype=torch.uint8)
@@ -124,24 +115,11 @@ def test_it_is_not_trained_for_the_weights_are_those_of_another():
     assert torch.equal(original.transform.velocity.network.rates, RATES)
 
 
-def test_what_is_guided_takes_labels():
+def test_refusals():
     with pytest.raises(TypeError, match=r"expected a conditional flow, got .*condition\(labels\)"):
         guided(family().condition(torch.tensor([0, 1])))
-
-
-@pytest.mark.parametrize("scale", [None, "2", float("nan"), torch.ones(2)])
-def test_a_scale_is_a_number(scale):
     with pytest.raises(ValueError, match="expected a finite scale, got"):
-        guided(family(), scale)
-
-
-def test_a_posterior_that_is_to_be_read_is_guided_at_its_own_nodes():
-    images = family()
-    images.transform.trains_weights = False
-    assert not guided(images).condition(torch.tensor([0])).transform.trains_weights
-
-
-def test_a_network_needs_a_label_for_none():
+        guided(family(), float("nan"))
     with pytest.raises(ValueError, match=r"label for none of its classes.*got ImageVelocity"):
         guided(family(null_label=None))
 
@@ -171,24 +149,20 @@ class Shifted(nn.Module):
 
 
 def test_the_score_of_a_guided_flow_is_known_where_its_own_is():
-    images = family()
-    images.transform.flow.independent = False  # trained on pairs
-    given = guided(images).condition(torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="trained with the independent coupling"):
-        sample_sde(given, steps=2)
-
-
-def test_weights_trained_by_a_likelihood_are_known_behind_guidance():
-    images = family()
+    images, labels = family(), torch.tensor([0, 1])
     flow = images.transform.flow
     flow.reached = flow._bits()  # by a gradient alone
-    sample_sde(guided(images).condition(torch.tensor([0, 1])), steps=2)
+    sample_sde(guided(images).condition(labels), steps=2)
     flow.reached += 1
     with pytest.raises(ValueError, match="trained through the solver"):
-        sample_sde(guided(images).condition(torch.tensor([0, 1])), steps=2)
+        sample_sde(guided(images).condition(labels), steps=2)
+    images = family()
+    images.transform.flow.independent = False  # trained on pairs
+    with pytest.raises(ValueError, match="trained with the independent coupling"):
+        sample_sde(guided(images).condition(labels), steps=2)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("scale", [0.0, 2.5])
 def test_learned_noise_is_guided_too(scale):
     images, labels = family(), torch.tensor([0, 1])
     images.transform.flow.interpolant = pi.Latent(pi.Linear(), pi.BrownianBridge(0.5))

@@ -4,7 +4,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torchsde
-from cases import random_flow, slow_but
+from cases import random_flow
 from oracles import (
     LatentNoise,
     MixtureVelocity,
@@ -41,12 +41,6 @@ from pyro_interpolant.diffusion.sde import path_ends
 LOC = torch.tensor([3.0, -1.0], dtype=torch.float64)
 LINEAR = torch.tensor([[2.0, 0.0], [0.7, 0.8]], dtype=torch.float64)
 COUNT = 1200
-DIFFUSIONS = {
-    "zero": lambda t: 0.0,
-    "default": None,
-    "constant": lambda t: 0.4,
-    "sine": lambda t: torch.sin(torch.pi * t) ** 2,
-}
 
 
 def flow_of(velocity, base=None, noise=None, **kwargs):
@@ -92,28 +86,28 @@ def has_law(samples, law):
     return near and discrepancy(law.features(samples), law.features(law(20_000))) < 4.5
 
 
-@pytest.mark.parametrize("name", slow_but(DIFFUSIONS, "default"))
-def test_forward_paths_have_the_marginals_of_the_flow(name):
-    diffusion = DIFFUSIONS[name]
+@pytest.mark.parametrize(
+    ("diffusion", "forward"),
+    [
+        (None, True),
+        (lambda t: 0.4, False),
+        pytest.param(lambda t: torch.sin(torch.pi * t) ** 2, True, marks=pytest.mark.slow),
+    ],
+    ids=["default", "constant", "sine"],
+)
+def test_paths_have_the_marginals_of_the_flow(diffusion, forward):
+    """By our steps to one end, and by those of torchsde half way."""
     truth = random_mixture(2, Trigonometric())
     flow = flow_of(truth)
-    for t in (0.5, 1.0):
-        y = sample_sde(flow.at(t), (COUNT,), diffusion=diffusion, steps=40)
-        assert has_law(y, Exact(truth, t)), t
-
-
-@pytest.mark.parametrize("name", slow_but(DIFFUSIONS, "constant"))
-def test_backward_paths_have_the_marginals_of_the_flow(name):
-    diffusion = DIFFUSIONS[name]
-    truth = random_mixture(2, Trigonometric())
-    flow = flow_of(truth)
-    y = sample_sde(flow, diffusion=diffusion, steps=40, x=Exact(truth, 1.0)(COUNT))
-    assert has_law(y, Exact(truth, 0.0))
-    half = InterpolantSDE(flow, diffusion, forward=False)
-    ys = torchsde.sdeint(
-        half, Exact(truth, 1.0)(COUNT), torch.tensor([0.0, 0.5]), dt=1 / 40, method="srk"
+    start, end = (0.0, 1.0) if forward else (1.0, 0.0)
+    x = None if forward else Exact(truth, start)(COUNT)
+    y = sample_sde(flow, (COUNT,) if forward else (), diffusion=diffusion, steps=40, x=x)
+    assert has_law(y, Exact(truth, end))
+    sde = InterpolantSDE(flow, diffusion, forward=forward)
+    half = torchsde.sdeint(
+        sde, Exact(truth, start)(COUNT), torch.tensor([0.0, 0.5]), dt=1 / 40, method="srk"
     )
-    assert has_law(ys[-1], Exact(truth, 0.5))
+    assert has_law(half[-1], Exact(truth, 0.5))
 
 
 INTERPOLANTS = {
@@ -127,7 +121,7 @@ INTERPOLANTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", INTERPOLANTS)
+@pytest.mark.parametrize("name", ["variance-preserving", "encoding-decoding", "overtaking"])
 def test_the_default_diffusion_serves_every_interpolant(name):
     truth = random_mixture(2, INTERPOLANTS[name])
     flow = flow_of(truth)
@@ -147,31 +141,20 @@ def narrow(interpolant):
     [
         (Trigonometric(), 50),
         pytest.param(VariancePreserving(lambda t: t), 200, marks=pytest.mark.slow),
-        pytest.param(VariancePreserving(lambda t: t**2), 200, marks=pytest.mark.slow),
-        pytest.param(Latent(Linear(), BrownianBridge(1.0)), 200, marks=pytest.mark.slow),
         pytest.param(Latent(Linear(), BrownianBridge(4.0)), 200, marks=pytest.mark.slow),
     ],
-    ids=["trigonometric", "preserving", "square", "bridge", "wide bridge"],
+    ids=["trigonometric", "preserving", "wide bridge"],
 )
 def test_narrow_data_keep_their_width(interpolant, steps):
     deviation = sample_sde(narrow(interpolant), (10_000,), steps=steps).std().item()
     assert deviation == pytest.approx(0.03, rel=0.03)
 
 
-@pytest.mark.parametrize(
-    "forward", [pytest.param(True, marks=pytest.mark.slow), False], ids=["forward", "backward"]
-)
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
 def test_narrow_data_keep_their_width_at_either_end_of_a_mirror(forward):
     sde = InterpolantSDE(narrow(Mirror(BrownianBridge(1.0))), forward=forward)
     deviation = path_ends(sde, 0.03 * torch.randn(4000, 1), path_times(100)).std().item()
     assert deviation == pytest.approx(0.03, rel=0.1)
-
-
-def test_data_with_a_little_noise_have_it():
-    flow, t = narrow(VariancePreserving(lambda t: t)), torch.tensor(0.999)
-    a, b, _ = flow.transform.interpolant.coefficients(t)
-    deviation = sample_sde(flow.at(0.999), (4000,), steps=100).std().item()
-    assert deviation == pytest.approx(float((a**2 + (0.03 * b) ** 2).sqrt()), rel=0.05)
 
 
 @pytest.mark.slow
@@ -183,20 +166,6 @@ def test_noise_that_no_score_makes_up_for_is_seen():
     y = Exact(truth, 0.0)(COUNT)
     end = torchsde.sdeint(wrong, y, torch.tensor([0.0, 1.0]), dt=1 / 40, method="srk")[-1]
     assert not has_law(end, Exact(truth, 1.0))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["euler", "srk"])
-@pytest.mark.parametrize("forward", [True, False])
-def test_torchsde_takes_it(method, forward):
-    truth = random_mixture(2, Linear())
-    sde = InterpolantSDE(flow_of(truth), forward=forward)
-    start, end = (0.0, 1.0) if forward else (1.0, 0.0)
-    ys = torchsde.sdeint(
-        sde, Exact(truth, start)(COUNT), torch.tensor([0.0, 0.5, 1.0]), dt=1 / 200, method=method
-    )
-    assert has_law(ys[1], Exact(truth, 0.5))
-    assert has_law(ys[2], Exact(truth, end))
 
 
 def test_drift_and_diffusion_are_those_of_the_equation_in_data_coordinates():
@@ -230,18 +199,18 @@ def test_the_default_diffusion():
         assert torch.allclose(sde.terms(t).rate, expected)
 
 
-@pytest.mark.parametrize("interpolant", INTERPOLANTS.values(), ids=INTERPOLANTS)
-@pytest.mark.parametrize("forward", [True, False])
-def test_both_ends_are_finite(interpolant, forward):
-    flow = flow_of(random_mixture(2, interpolant))
-    for diffusion in (None, lambda t: 0.5):
-        if interpolant is INTERPOLANTS["overtaking"] and diffusion is not None:
-            continue
-        sde = InterpolantSDE(flow, diffusion, forward=forward)
-        for t in (0.0, 1.0):
-            y = 3 * torch.randn(5, 2)
-            assert float(sde.f(torch.tensor(t), y).abs().max()) < 1e5
-            assert torch.isfinite(sde.g(torch.tensor(t), y)).all()
+def test_both_ends_are_finite():
+    for name, interpolant in INTERPOLANTS.items():
+        flow = flow_of(random_mixture(2, interpolant))
+        for diffusion in (None, lambda t: 0.5):
+            if name == "overtaking" and diffusion is not None:
+                continue
+            for forward in (True, False):
+                sde = InterpolantSDE(flow, diffusion, forward=forward)
+                for t in (0.0, 1.0):
+                    y = 3 * torch.randn(5, 2)
+                    assert float(sde.f(torch.tensor(t), y).abs().max()) < 1e5, (name, t)
+                    assert torch.isfinite(sde.g(torch.tensor(t), y)).all(), (name, t)
 
 
 @pytest.mark.slow
@@ -251,42 +220,31 @@ def test_a_mirror_diffuses_the_data_and_back():
     flow = flow_of(truth, Samples(draw(20_000)))
     for t in (0.5, 1.0):
         assert has_law(sample_sde(flow.at(t), (COUNT,), steps=50), Exact(truth, t))
-    with pytest.raises(ValueError, match="expected samples to start from: the base of Mirror"):
-        sample_sde(flow_of(truth), (5,))
-    with pytest.raises(ValueError, match=r"not determined, as near t = 0\.5.*learn='noise'"):
-        InterpolantSDE(flow, lambda t: 0.1)
     by_noise = flow_of(truth, Samples(draw(20_000)), LatentNoise(truth))
     y = sample_sde(by_noise, (COUNT,), diffusion=lambda t: 0.5, steps=50)
     assert has_law(y, draw)
 
 
-def pair(gamma):
-    cov = torch.tensor([[0.5, 0.2], [0.2, 0.8]])
-    truth = PairVelocity(
-        torch.tensor([0.4, -1.0]), cov, random_mixture(2, Latent(Linear(), gamma))
-    )
-    base = dist.MultivariateNormal(LOC + LINEAR @ truth.loc, LINEAR @ cov @ LINEAR.T)
-    return flow_of(truth, base, LatentNoise(truth)), truth
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("gamma", [BrownianBridge(0.5), SineSquared(0.8)])
-def test_with_a_learned_noise_any_base_will_do(gamma):
-    flow, truth = pair(gamma)
-    data = Exact(truth, 1.0)
-    for diffusion in (None, lambda t: 4 * t * (1 - t)):
-        assert has_law(sample_sde(flow, (COUNT,), diffusion=diffusion, steps=50), data)
-        back = sample_sde(flow, x=data(COUNT), diffusion=diffusion, steps=50)
-        assert has_law(back, Exact(truth, 0.0))
+def test_with_a_learned_noise_any_base_will_do():
+    cov = torch.tensor([[0.5, 0.2], [0.2, 0.8]])
+    mixture = random_mixture(2, Latent(Linear(), BrownianBridge(0.5)))
+    truth = PairVelocity(torch.tensor([0.4, -1.0]), cov, mixture)
+    base = dist.MultivariateNormal(LOC + LINEAR @ truth.loc, LINEAR @ cov @ LINEAR.T)
+    flow, data = flow_of(truth, base, LatentNoise(truth)), Exact(truth, 1.0)
+    forward = sample_sde(flow, (COUNT,), diffusion=lambda t: 4 * t * (1 - t), steps=50)
+    assert has_law(forward, data)
+    back = sample_sde(flow, x=data(COUNT), diffusion=lambda t: 0.2, steps=50)
+    assert has_law(back, Exact(truth, 0.0))
 
 
 def test_shapes():
     flow = InterpolantDistribution(random_flow(3))
+    x = flow.sample((6,))
     assert sample_sde(flow, steps=2).shape == (3,)
     assert sample_sde(flow, (4, 5), steps=2).shape == (4, 5, 3)
-    x = flow.sample((6,))
-    assert sample_sde(flow, x=x, steps=2).shape == (6, 3)
     assert sample_sde(flow, (7,), x=x, steps=2).shape == (7, 6, 3)
+    assert sample_sde(flow, x=x[:0], steps=2).shape == (0, 3)
     assert sample_sde(flow.expand((4,)), (2,), steps=2).shape == (2, 4, 3)
     assert sample_sde(flow.at(0.0), (2,), steps=2).shape == (2, 3)
     assert not sample_sde(flow, (2,), steps=2).requires_grad
@@ -326,39 +284,16 @@ def test_samples_are_on_the_support():
 
 def test_rows_of_a_frame_are_taken_by_name():
     pd = pytest.importorskip("pandas")
-    flow, x = (
-        InterpolantDistribution(random_flow(2), support=constraints.positive),
-        torch.rand(3, 2),
-    )
-    flow.columns = ("a", "b")
+    flow = InterpolantDistribution(random_flow(2), support=constraints.positive)
+    flow.columns, x = ("a", "b"), torch.rand(3, 2)
     frame = pd.DataFrame(x.flip(-1).numpy(), columns=["b", "a"])
-    for run in (
-        lambda rows: sample_sde(flow, x=rows, steps=2),
-        lambda rows: sde_log_prob(flow, rows, paths=2, steps=2)[0],
-    ):
-        found = []
-        for rows in (x, frame):
-            torch.manual_seed(0)
-            found.append(run(rows))
-        assert torch.equal(*found)
-
-
-@pytest.mark.parametrize(
-    ("support", "size"),
-    [(constraints.independent(constraints.positive, 1), 2), (constraints.simplex, 3)],
-)
-def test_no_rows_have_no_paths(support, size):
-    flow = InterpolantDistribution(random_flow(2), support=support)
-    assert sample_sde(flow, x=torch.zeros(0, size), steps=2).shape == (0, size)
-
-
-def test_float32_is_kept():
-    flow = InterpolantDistribution(interpolant_transform(2, (16, 16)).float())
-    y = sample_sde(flow, (500,), steps=20)
-    assert y.dtype == torch.float32
-    assert abs(float(y.std()) - 1) < 0.1  # an untrained flow is N(0, I) throughout
-    sde = InterpolantSDE(flow, lambda t: 1 - t)
-    assert sde.f(torch.tensor(0.5), y).dtype == sde.g(torch.tensor(0.5), y).dtype == torch.float32
+    found = []
+    for rows in (x, frame):
+        torch.manual_seed(0)
+        value, _ = sde_log_prob(flow, rows, paths=2, steps=2)
+        found.append((sample_sde(flow, x=rows, steps=2), value))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
 
 
 @pytest.mark.slow
@@ -379,51 +314,36 @@ def test_the_order_of_a_step():
     assert heun[1] < heun[0] / 4 + 3 * noise
 
 
-def prior():
-    return InterpolantDistribution(interpolant_transform(2, (8, 8)))
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: sample_sde(prior(), steps=0), "steps >= 1, a whole number, got 0"),
-        (lambda: sample_sde(prior(), steps=2.5), "steps >= 1, a whole number, got 2.5"),
-        (lambda: sample_sde(prior(), method="milstein"), "'heun' or 'euler', got 'milstein'"),
-        (lambda: InterpolantSDE(prior(), lambda t: t - 0.5), "at least 0, got -0.499 to 0.499"),
-        (lambda: InterpolantSDE(prior(), lambda t: t.log().log()), "finite and at least 0"),
-    ],
-)
-def test_errors_say_what_was_expected(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_a_diffusion_is_a_function_and_a_shape_a_tuple():
+def test_refusals():
+    flow = InterpolantDistribution(interpolant_transform(2, (8, 8)))
+    with pytest.raises(ValueError, match="steps >= 1, a whole number, got 0"):
+        sample_sde(flow, steps=0)
+    with pytest.raises(ValueError, match="'heun' or 'euler', got 'milstein'"):
+        sample_sde(flow, method="milstein")
     with pytest.raises(TypeError, match="function of times, got 0.5: pass lambda t: 0.5"):
-        sample_sde(prior(), (3,), diffusion=0.5)
-    with pytest.raises(TypeError, match="a shape of draws, a tuple of whole numbers, got 5"):
-        sample_sde(prior(), 5)
-
-
-def test_a_number_of_steps_may_be_a_whole_float():
-    assert sample_sde(prior(), (3,), steps=2.0).shape == (3, 2)
-
-
-def test_what_has_no_score_has_no_sde():
-    base = dist.Laplace(torch.zeros(2), torch.ones(2)).to_event(1)
+        sample_sde(flow, (3,), diffusion=0.5)
+    with pytest.raises(ValueError, match="at least 0, got -0.499 to 0.499"):
+        InterpolantSDE(flow, lambda t: t - 0.5)
+    with pytest.raises(ValueError, match="finite and at least 0"):
+        InterpolantSDE(flow, lambda t: t.log().log())
+    laplace = dist.Laplace(torch.zeros(2), torch.ones(2)).to_event(1)
     with pytest.raises(ValueError, match="expected the default base"):
-        InterpolantSDE(InterpolantDistribution(interpolant_transform(2, (8, 8)), base))
+        InterpolantSDE(InterpolantDistribution(flow.transform, laplace))
     likelihood = ConditionalInterpolantDistribution(random_flow(2, context_dim=3))
     with pytest.raises(TypeError, match=r"\.condition\(context\)"):
         sample_sde(likelihood)
+    mirror = flow_of(random_mixture(2, Mirror(SineSquared(1.0))))
+    with pytest.raises(ValueError, match="expected samples to start from: the base of Mirror"):
+        sample_sde(mirror, (5,))
+    with pytest.raises(ValueError, match=r"not determined, as near t = 0\.5.*learn='noise'"):
+        InterpolantSDE(mirror, lambda t: 0.1)
 
 
-@pytest.mark.parametrize("batch", [(3,), (4, 3)])
-def test_samples_of_a_base_with_a_batch_have_it_once(batch):
+def test_samples_of_a_base_with_a_batch_have_it_once():
     loc = 100 * torch.arange(3.0)[:, None].expand(3, 2)
     transform = interpolant_transform(2, (8,), interpolant=Latent())
     transform.flow.noise = transform.velocity
-    flow = InterpolantDistribution(transform, dist.Normal(loc, 1.0).to_event(1)).expand(batch)
-    x = sample_sde(flow, (5,), steps=1, diffusion=lambda t: 0.0)
-    assert x.shape == (5, *batch, 2)
+    flow = InterpolantDistribution(transform, dist.Normal(loc, 1.0).to_event(1))
+    x = sample_sde(flow.expand((4, 3)), (5,), steps=1, diffusion=lambda t: 0.0)
+    assert x.shape == (5, 4, 3, 2)
     assert ((x - loc).abs() < 20).all()

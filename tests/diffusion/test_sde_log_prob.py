@@ -58,9 +58,8 @@ def _guided_to_the_ends(monkeypatch):
     monkeypatch.setattr(sde, "_GUIDED_SHARE", 1e-9)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("_guided_to_the_ends")
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("name", ["linear", "encoding-decoding"])
 def test_guided_paths_all_tell_the_density_of_an_exact_flow(name):
     truth = random_mixture(2, MEMBERS[name])
     flow, y = flow_of(truth), LOC + truth.sample(1.0, 8) @ LINEAR.T
@@ -91,7 +90,7 @@ def test_narrow_data_have_their_density():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("name", ["trigonometric", "bridge"])
 def test_guidance_that_fades_at_the_ends_costs_little(name):
     truth = random_mixture(2, MEMBERS[name])
     flow, y = flow_of(truth), LOC + truth.sample(1.0, 8) @ LINEAR.T
@@ -101,11 +100,8 @@ def test_guidance_that_fades_at_the_ends_costs_little(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "gamma", [SineSquared(0.8), pytest.param(BrownianBridge(0.5), marks=pytest.mark.slow)]
-)
-def test_a_score_that_is_wrong_at_the_ends_does_no_harm(gamma):
-    truth = random_mixture(2, Latent(Linear(), gamma))
+def test_a_score_that_is_wrong_at_the_ends_does_no_harm():
+    truth = random_mixture(2, Latent(Linear(), SineSquared(0.8)))
 
     class Off(LatentNoise):
         def forward(self, t, x, context=None):
@@ -115,17 +111,6 @@ def test_a_score_that_is_wrong_at_the_ends_does_no_harm(gamma):
     value, stderr = sde_log_prob(flow, y, paths=16, steps=50)
     assert float(stderr.max()) < 0.2
     assert float((value - log_prob(truth, y)).abs().max()) < 0.4
-
-
-@pytest.mark.slow
-def test_the_estimator_of_the_paper():
-    truth = random_mixture(1, Trigonometric(), seed=2)
-    flow, y = flow_of(truth), LOC[:1] + truth.sample(1.0, 6) @ LINEAR[:1, :1].T
-    value, stderr = sde_log_prob(
-        flow, y, paths=3000, steps=40, guidance=0.0, diffusion=lambda t: 0.5 * (1 - t)
-    )
-    assert float(((value - log_prob(truth, y)).abs() / (stderr + 0.01)).max()) < 4
-    assert 0.001 < float(stderr.max()) < 0.2
 
 
 class Perturbed(nn.Module):
@@ -143,23 +128,12 @@ class Perturbed(nn.Module):
 def test_guidance_changes_the_variance_and_not_the_model():
     flow = flow_of(Perturbed(random_mixture(1, Trigonometric(), seed=2)))
     y = LOC[:1] + torch.linspace(-1.5, 1.5, 5)[:, None]
-    found = []
-    for guidance in (0.0, 0.5, 1.0):
-        found.append(
-            sde_log_prob(
-                flow,
-                y,
-                paths=3000,
-                steps=30,
-                guidance=guidance,
-                diffusion=lambda t: 0.8 * (1 - t),
-            )
-        )
-    (a, ea), (b, eb), (c, ec) = found
-    assert float(((a - c).abs() / (ea + ec + 0.01)).max()) < 3
-    assert float(((b - c).abs() / (eb + ec + 0.01)).max()) < 3
-    assert bool((ec < 0.5 * ea).all())
-    assert float((c - flow.log_prob(y)).abs().max()) > 0.05  # of the flow, it is not
+    options = {"paths": 2000, "steps": 20, "diffusion": lambda t: 0.8 * (1 - t)}
+    a, ea = sde_log_prob(flow, y, guidance=0.0, **options)
+    b, eb = sde_log_prob(flow, y, guidance=1.0, **options)
+    assert float(((a - b).abs() / (ea + eb + 0.01)).max()) < 3
+    assert bool((eb < 0.5 * ea).all())
+    assert float((b - flow.log_prob(y)).abs().max()) > 0.05  # of the flow, it is not
 
 
 @pytest.mark.slow
@@ -195,13 +169,8 @@ def test_a_learned_noise_and_a_base_of_ones_own():
     base = dist.MultivariateNormal(LOC + LINEAR @ truth.loc, LINEAR @ cov @ LINEAR.T)
     flow = flow_of(truth, base, LatentNoise(truth))
     y = LOC + random_mixture(2, Linear()).sample(1.0, 5) @ LINEAR.T
-    expected = log_prob(truth, y)
     value, _ = sde_log_prob(flow, y, paths=8, steps=60)
-    assert float((value - expected).abs().max()) < 0.02
-    value, stderr = sde_log_prob(
-        flow, y, paths=500, guidance=0.2, steps=60, diffusion=lambda t: 0.1 * (1 - t)
-    )
-    assert float(((value - expected).abs() / (stderr + 0.02)).max()) < 4
+    assert float((value - log_prob(truth, y)).abs().max()) < 0.02
 
 
 def test_shapes_contexts_and_types():
@@ -235,39 +204,20 @@ def test_a_path_is_that_of_every_member_of_a_batch_of_bases():
         sde_log_prob(flow, x.expand(4, 2))
 
 
-def test_errors_say_what_was_expected():
-    flow = InterpolantDistribution(interpolant_transform(2, (8, 8)))
-    x = torch.zeros(3, 2)
+def test_refusals():
+    flow, x = InterpolantDistribution(interpolant_transform(2, (8, 8))), torch.zeros(3, 2)
     with pytest.raises(ValueError, match="paths >= 2, a whole number, got 1"):
         sde_log_prob(flow, x, paths=1)
-    with pytest.raises(ValueError, match="paths >= 2, a whole number, got 2.5"):
-        sde_log_prob(flow, x, paths=2.5)
-    for steps in (0, 10.5):
-        with pytest.raises(ValueError, match=f"steps >= 1, a whole number, got {steps}"):
-            sde_log_prob(flow, x, steps=steps)
-    for guidance in (-1.0, 1.5, float("nan"), None, "1"):
-        with pytest.raises(ValueError, match=r"expected guidance in \[0, 1\], got"):
-            sde_log_prob(flow, x, guidance=guidance)
+    with pytest.raises(ValueError, match="steps >= 1, a whole number, got 0"):
+        sde_log_prob(flow, x, steps=0)
+    with pytest.raises(ValueError, match=r"expected guidance in \[0, 1\], got"):
+        sde_log_prob(flow, x, guidance=1.5)
     overtaking = flow_of(random_mixture(2, Latent(Linear(), SineSquared(4.0))))
     with pytest.raises(ValueError, match="a score at all times of a density.*not determined, as"):
         sde_log_prob(overtaking, x)
-    mirror = Mirror(SineSquared(1.0))
-    truth = random_mixture(2, mirror)
+    truth = random_mixture(2, Mirror(SineSquared(1.0)))
     rows = flow_of(truth, Samples(torch.randn(10, 2)), LatentNoise(truth))
     with pytest.raises(ValueError, match="samples alone"):
         sde_log_prob(rows, x, paths=2, steps=2)
-
-
-@pytest.mark.slow
-def test_the_known_density_of_a_gaussian():
-    truth = MixtureVelocity(torch.ones(1), torch.zeros(1, 2), 2 * torch.eye(2)[None], Linear())
-    flow = InterpolantDistribution(InterpolantTransform(truth, interpolant=Linear()))
-    value, _ = sde_log_prob(flow, torch.zeros(1, 2), paths=8)
-    assert abs(float(value) + float(torch.log(torch.tensor(4 * torch.pi)))) < 1e-3
-
-
-def test_a_mirror_that_was_not_fitted_has_no_density():
-    """Its paths end at the data, which it does not have: N(0, I) in their stead is not theirs."""
-    truth = random_mixture(2, Mirror(SineSquared(1.0)))
     with pytest.raises(ValueError, match="expected samples to start from"):
-        sde_log_prob(flow_of(truth, noise=LatentNoise(truth)), torch.zeros(3, 2), paths=2, steps=2)
+        sde_log_prob(flow_of(truth, noise=LatentNoise(truth)), x, paths=2, steps=2)

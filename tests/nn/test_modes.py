@@ -9,8 +9,7 @@ from torch import nn
 from pyro_interpolant.nn.modes import trainable
 
 
-@pytest.mark.parametrize("error", [False, True])
-@pytest.mark.parametrize("frozen", ["none", "bias", "all"])
+@pytest.mark.parametrize(("frozen", "error"), [("none", True), ("bias", False), ("all", True)])
 def test_a_network_that_was_trained_in_a_scope_is_as_it_was(frozen, error):
     network = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).eval()
     network[1].train()
