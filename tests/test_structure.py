@@ -218,7 +218,7 @@ def test_references_in_docstrings_lead_somewhere():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_small_runs")
+@pytest.mark.usefixtures("_few_held_draws")
 @pytest.mark.parametrize("room", [room for room in ROOMS if is_there(f"{room}.x")])
 def test_the_examples_in_docstrings_run(room, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
