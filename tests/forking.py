@@ -25,7 +25,7 @@ IMPORTED = (
     "sklearn.neural_network",
     "torch._dynamo",  # by the first optimiser of a process
 )
-SECONDS = 240  # the longest that a program may take
+SECONDS = 900  # the longest that a program may take, on a machine however busy
 STARTED = []  # the processes that a program has started
 
 

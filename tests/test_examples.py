@@ -1,4 +1,7 @@
-"""Every example and every benchmark runs from start to end, in a process of its own."""
+"""Every example and every benchmark runs from start to end, in a process of its own.
+
+All but two examples do so for a release alone.
+"""
 
 import importlib
 import importlib.util
@@ -13,6 +16,7 @@ NAMES = sorted(
     {path.name for path in EXAMPLES.glob("[a-z]*.py")}
     | {"score_sde.py", "stellar_distances.py", "svi_guide.py", "two_moons.py"}
 )
+FOR_ALL = ("svi_guide.py", "two_moons.py")
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +51,13 @@ def skip_without(program):
         pytest.skip("needs diffusers")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in FOR_ALL else pytest.mark.release)
+        for name in NAMES
+    ],
+)
 def test_the_example_runs_and_draws_its_picture(name, run, tmp_path):
     output = run(EXAMPLES / name, "--smoke", cwd=tmp_path)
     pictures = list(tmp_path.glob("*.png"))
@@ -57,7 +66,7 @@ def test_the_example_runs_and_draws_its_picture(name, run, tmp_path):
     assert output.strip()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("name", [path.name for path in sorted(BENCHMARKS.glob("[a-z]*.py"))])
 def test_the_benchmark_runs(name, run, tmp_path):
     # Peers that are not installed are left out of its tables.
@@ -65,7 +74,7 @@ def test_the_benchmark_runs(name, run, tmp_path):
     assert run(BENCHMARKS / name, *arguments, cwd=tmp_path).strip()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_benchmark_asked_for_other_settings_measures_anew(run, tmp_path):
     out = tmp_path / "lines.jsonl"
     few = ("--only", "gaussian", "--dims", "2", "--seeds", "1", "--methods", "trigonometric")
@@ -89,8 +98,3 @@ def test_a_finished_cell_is_known_by_all_that_was_asked(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="minutes"):
         done.add(asked, {"minutes": 4.9})
     assert cells.Cells(file).lines == [line]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_example_is_short(name):
-    assert len((EXAMPLES / name).read_text().splitlines()) <= 150
