@@ -2,11 +2,7 @@
 
 import ast
 import importlib.util
-import itertools
-import pkgutil
 import re
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +16,6 @@ PAGES = sorted(
 )
 ALL = [README, ROOT / "CONTRIBUTING.md", *PAGES]
 HAS_JAX = importlib.util.find_spec("jax") is not None
-LOOKS_A_SECOND = 50
 
 
 def name(path):
@@ -40,22 +35,8 @@ def shortened(source):
     return re.sub(r"\bsteps=\d{2,3}\b", "steps=8", source)
 
 
-@pytest.fixture
-def _counted_time(monkeypatch):
-    """A second of the package is so many looks at its clock, whatever the machine does."""
-    looks = itertools.count()
-    counting = SimpleNamespace(monotonic=lambda: next(looks) / LOOKS_A_SECOND)
-    for room in ("training", "infer", *(["numpyro"] if HAS_JAX else [])):
-        package = importlib.import_module(f"pyro_interpolant.{room}")
-        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            importlib.import_module(module.name)
-    for own, module in list(sys.modules.items()):
-        if own.startswith("pyro_interpolant.") and hasattr(vars(module).get("time"), "monotonic"):
-            monkeypatch.setattr(module, "time", counting)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("_small_runs", "_counted_time")
+@pytest.mark.usefixtures("_small_runs")
 @pytest.mark.filterwarnings("ignore:Poor:UserWarning")
 @pytest.mark.filterwarnings("ignore:the fit came out wrong:UserWarning")
 @pytest.mark.filterwarnings("ignore:no grid has samples:UserWarning")
