@@ -23,7 +23,17 @@ FIT = FitResult(
 )  # fmt: skip
 ROUND = Round(0.3, 0.8, -3.0, 1.0, 0.5, 0.9, 2.0)
 ROUNDS = RoundsResult(
-    0.3, 800.0, -3.14, 0.02, 1000, torch.zeros(500, 2), [ROUND] * 40, 37, 60.0, FixedGrid()
+    0.3,
+    800.0,
+    -3.14,
+    0.02,
+    1000,
+    torch.zeros(500, 2),
+    [ROUND] * 40,
+    37,
+    60.0,
+    FixedGrid(),
+    "rounds",
 )
 
 

@@ -1002,6 +1002,9 @@ def test_an_interrupted_run_returns_the_best_weights(monkeypatch):
         def __init__(self, *args):
             pass
 
+        def is_over(self):
+            return False
+
         def done(self):
             return 0.0
 
