@@ -119,7 +119,7 @@ def test_outliers_have_a_component_of_their_own():
     x = x.where(~far, 3 * torch.randn(4000, 2))
     sds = 0.1 + 0.5 * torch.rand(4000, 2)
     y, precisions = x + sds * torch.randn(4000, 2), torch.diag_embed(sds**-2)
-    found = _best(y[:2000], precisions[:2000], math.inf)
+    found = _best(y[:2000], precisions[:2000])
     y, sds = y[2000:], sds[2000:]
     evidence = _log_evidence(found, y, precisions[2000:]) - sds.log().sum(-1) - math.log(math.tau)
     t = torch.linspace(-2, 2, 801)

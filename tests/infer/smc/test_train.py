@@ -401,16 +401,14 @@ def test_the_solver_of_a_round_is_as_coarse_as_the_flow_allows():
 
 
 @pytest.mark.slow
-def test_a_refit_learns_keeps_the_latest_rows_and_minds_the_clock():
+def test_a_refit_learns_and_keeps_the_latest_rows():
     flow = InterpolantDistribution(interpolant_transform(2, (32, 32)))
     rows = torch.where(torch.rand(1000, 1) < 0.5, 1.0, -1.0) + 0.2 * torch.randn(1000, 2)
     refit = FlowRegression(flow, [Rows(rows, None)])
     first = float(flow.log_prob(rows).detach().mean())
-    refit(200, lambda: 5e-3, seconds=60.0)
+    refit(200, lambda step: 5e-3)
     assert float(flow.log_prob(rows).detach().mean()) > first + 0.1
     assert refit.descent.steps == 200
-    refit(1000, lambda: 5e-3, seconds=0.0)
-    assert refit.descent.steps == 210
     for i in range(30):
         refit.add(Rows(torch.full((1, 2), float(i)), None))
     assert [float(pool.w[0, 0]) for pool in refit.pools] == list(range(20, 30))
