@@ -3,19 +3,17 @@
 That a run with another choice is not resumed is tested in training/test_checkpoint.py.
 """
 
-import functools
 import os
 import subprocess
 import sys
 
-import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
 
 import pyro_interpolant as pi
-from pyro_interpolant.distributions.fingerprint import fingerprint, layers_of
+from pyro_interpolant.distributions.fingerprint import fingerprint
 
 
 class Own:
@@ -49,10 +47,7 @@ def edited(scale):
 
 MADE = {
     "tensor": lambda scale: torch.full((2,), scale),
-    "dtype": lambda scale: torch.ones(2, dtype=torch.float32 if scale == 1 else torch.int32),
-    "array": lambda scale: np.full((2, 3), scale).T,
     "nested": lambda scale: {"a": [(1, scale)], "b": {2, 3}},
-    "partial": lambda scale: functools.partial(local, scale=scale),
     "names of a lambda": lambda scale: (lambda x: x.sin()) if scale == 1 else (lambda x: x.cos()),
     "default": lambda scale: lambda x, y=scale: x + y,
     "edited": edited,
@@ -82,16 +77,6 @@ def test_what_does_not_count():
     base.log_prob(base.sample((3,)))
     base.transform.eval().register_forward_hook(print)
     assert fingerprint(base) == before
-
-
-def test_layers_tell_networks_apart_whatever_their_weights():
-    def layers(network):
-        return fingerprint(layers_of(network))
-
-    assert layers(pi.VelocityMLP(2, (8,))) == layers(pi.VelocityMLP(2, (8,)))
-    networks = [pi.VelocityMLP(2, (8,)), pi.VelocityMLP(2, (9,)), pi.VelocityMLP(3, (8,))]
-    networks += [nn.LeakyReLU(0.1), nn.LeakyReLU(0.2)]
-    assert len({layers(network) for network in networks}) == len(networks)
 
 
 IN_A_PROCESS = """

@@ -10,14 +10,7 @@ from pyro.distributions import constraints
 from pyro.infer import MCMC, NUTS, Predictive
 from pyro.ops.stats import effective_sample_size
 
-from pyro_interpolant import (
-    FixedGrid,
-    JointInterpolantDistribution,
-    VelocityMLP,
-    base_space,
-    fit,
-    from_samples,
-)
+import pyro_interpolant as pi
 from pyro_interpolant.distributions.joint import log_det_of_sites
 
 # Raised inside torch, by its own first use of forward-mode differentiation.
@@ -50,19 +43,19 @@ def draws_of(*names, rows=50):
 def joint(*names, **kwargs):
     sites = {name: SITES[name] for name in names}
     flow = random_flow(sum(SIZES[name] for name in names))
-    return JointInterpolantDistribution(flow, sites=sites, **kwargs)
+    return pi.JointInterpolantDistribution(flow, sites=sites, **kwargs)
 
 
 def quick(draws, **kwargs):
     """Return a joint distribution that is barely trained."""
-    return from_samples(draws, steps=2, progress=False, seed=0, **kwargs)
+    return pi.from_samples(draws, steps=2, progress=False, seed=0, **kwargs)
 
 
 def supports_of(*names):
     return {n: SITES[n][1] for n in names if SITES[n][1] is not constraints.real}
 
 
-SPACES = pytest.mark.parametrize("space", [lambda m: m, base_space], ids=["data", "base"])
+SPACES = pytest.mark.parametrize("space", [lambda m: m, pi.base_space], ids=["data", "base"])
 
 
 # ----------------------------------------------------------------------------------------- packing
@@ -101,16 +94,6 @@ def test_the_log_determinant_is_that_of_the_jacobian():
         torch.testing.assert_close(log_det, exact)
 
 
-def test_values_of_sites_have_the_type_of_the_packed_vector():
-    """Whatever the type of the bounds: packed again, they have a density."""
-    bounds = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
-    sites = {"share": ((2,), constraints.interval(*bounds)), "mean": ((), constraints.real)}
-    d = JointInterpolantDistribution(random_flow(3).float(), sites=sites)
-    draws = d.sample_dict((5,))
-    assert {value.dtype for value in draws.values()} == {torch.float32}
-    assert d.log_prob(d.pack(draws)).dtype == torch.float32
-
-
 def test_the_density_is_that_of_the_packed_vector():
     d = joint("scalar", "scales")
     x = d.sample((5,))
@@ -118,10 +101,6 @@ def test_the_density_is_that_of_the_packed_vector():
     large = d.expand((4,))
     sites = large.unpack(large.sample())
     assert (sites["scalar"].shape, sites["scales"].shape) == ((4,), (4, 2))
-    assert repr(large) == (
-        "JointInterpolantDistribution(sites={scalar: () on Real(), scales: (2,) on "
-        "GreaterThan(lower_bound=0.0)}, batch_shape=(4,))"
-    )
 
 
 # --------------------------------------------------------------------------------------- in models
@@ -133,7 +112,6 @@ def test_sample_sites():
     trace.compute_log_prob()
     assert trace.stochastic_nodes == ["theta"]
     returned = trace.nodes["_RETURN"]["value"]
-    assert list(returned) == list(SITES)
     for name, (shape, support) in SITES.items():
         node = trace.nodes[name]
         assert node["infer"]["_deterministic"]
@@ -164,15 +142,6 @@ def test_a_site_of_a_plate_counts_once_for_each_of_many_particles(space):
     assert scales.shape == trace.nodes["y"]["log_prob"].shape == (3, 2)
     assert torch.equal(trace.nodes["scales"]["value"], scales[:, None])
     assert poutine.trace(model).get_trace().nodes["_RETURN"]["value"].shape == (2,)
-
-
-@pytest.mark.parametrize("parallel", [False, True])
-def test_draws_by_name_reach_a_plate(parallel):
-    d = joint("scalar", "scales").freeze()
-    draws = {"scales": torch.tensor([[1e-4, 1e3], [1e3, 1e-4], [1e3, 1e-4]])}
-    y = Predictive(lambda: grouped(d, None, {"scales": 1}), draws, parallel=parallel)()["y"]
-    assert y.shape == (3, 2)
-    assert torch.equal(y.abs() < 0.1, draws["scales"] < 1)
 
 
 def test_plates_that_are_refused():
@@ -215,7 +184,9 @@ def test_draws_by_name_reach_the_model(space, parallel):
 
 
 @pytest.mark.parametrize(
-    ("space", "name"), [(lambda m: m, "theta"), (base_space, "theta_base")], ids=["data", "base"]
+    ("space", "name"),
+    [(lambda m: m, "theta"), (pi.base_space, "theta_base")],
+    ids=["data", "base"],
 )
 def test_packed_draws_outside_of_plates_are_not_mixed_in_parallel(space, name):
     """As many draws as rows: each row of predictions is of one draw."""
@@ -240,7 +211,7 @@ def test_packed_draws_outside_of_plates_are_not_mixed_in_parallel(space, name):
 def test_from_samples(dtype):
     draws = {name: value.to(dtype) for name, value in draws_of(*SITES, rows=100).items()}
     d = quick(draws, support=supports_of(*SITES))
-    assert isinstance(d, JointInterpolantDistribution)
+    assert isinstance(d, pi.JointInterpolantDistribution)
     assert list(d.sites) == list(SITES)
     assert not any(p.requires_grad for p in d.transform.parameters())
     sites = d.unpack(d.sample((200,)))
@@ -260,7 +231,7 @@ def test_fit_takes_named_draws_and_lists():
     d = joint("vector", "scales")
     draws = draws_of("vector", "scales", rows=100)
     draws = {name: value.tolist() for name, value in draws.items()}
-    fit(d, draws, steps=2, progress=False, seed=0)
+    pi.fit(d, draws, steps=2, progress=False, seed=0)
     expected = d.pack({name: torch.tensor(value) for name, value in draws.items()})
     assert ((d.transform.flow.loc - expected.mean(0)).abs() < 0.5).all()
 
@@ -277,7 +248,6 @@ ONES = torch.ones(50, 3)
 REFUSED = {  # named draws, supports, and the message
     "nothing": ({}, {}, "expected named draws"),
     "unknown site": ({"a": ONES}, {"b": constraints.positive}, r"sites among \['a'\].*\['b'\]"),
-    "one support": ({"a": ONES}, constraints.positive, "supports of named draws as a dict"),
     "lengths": ({"a": ONES, "b": ONES[:40]}, {}, "as many draws of every site.*'a': 50.*40"),
     "not a number": (
         {"a": ONES.index_fill(0, torch.tensor([7]), torch.nan)},
@@ -320,7 +290,7 @@ def test_values_that_are_refused():
     with pytest.raises(ValueError, match=r"a value of shape \(\*, 3\), got \(5, 2\)"):
         d.unpack(x[:, :2])
     with pytest.raises(ValueError, match="expected a flow of dimension 3, got 4"):
-        JointInterpolantDistribution(random_flow(4), sites=d.sites)
+        pi.JointInterpolantDistribution(random_flow(4), sites=d.sites)
 
 
 # -------------------------------------------------------------------------- a posterior as a prior
@@ -344,9 +314,11 @@ def test_posterior_as_prior():
     after_first = posterior(torch.zeros(2), 4.0 * torch.eye(2), first, noise)
     exact = dist.MultivariateNormal(*after_first).sample((3000,))
     draws = {"shift": exact[:, :1], "rest": exact[:, 1:]}
-    network = VelocityMLP(2, (16, 16))
-    prior = from_samples(draws, steps=300, batch_size=256, network=network, progress=False, seed=0)
-    prior.transform.solver = FixedGrid(3, "midpoint")  # the flow is all but Gaussian
+    network = pi.VelocityMLP(2, (16, 16))
+    prior = pi.from_samples(
+        draws, steps=300, batch_size=256, network=network, progress=False, seed=0
+    )
+    prior.transform.solver = pi.FixedGrid(3, "midpoint")  # the flow is all but Gaussian
 
     def model():
         with pyro.plate("copies", 8, dim=-1):  # independent: as many draws a step
@@ -356,9 +328,9 @@ def test_posterior_as_prior():
                 seen = second[:, None].expand(-1, 8, -1)
                 pyro.sample("x", dist.Normal(loc, noise).to_event(1), obs=seen)
 
-    mcmc = MCMC(NUTS(base_space(model)), num_samples=60, warmup_steps=50, disable_progbar=True)
+    mcmc = MCMC(NUTS(pi.base_space(model)), num_samples=60, warmup_steps=50, disable_progbar=True)
     mcmc.run()
-    sites = Predictive(base_space(model), mcmc.get_samples())()
+    sites = Predictive(pi.base_space(model), mcmc.get_samples())()
     found = torch.cat((sites["shift"], sites["rest"]), dim=-1)
     mean, covariance = posterior(torch.zeros(2), 4.0 * torch.eye(2), data, noise)
     found = found.reshape(60, 8, 2)

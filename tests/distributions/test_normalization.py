@@ -25,29 +25,16 @@ from cases import (
     random_flow,
     slow_but,
 )
-from oracles import random_mixture
 from pyro.distributions import constraints
-from torch import nn
 from torch.distributions import biject_to
 
-from pyro_interpolant import (
-    ConditionalInterpolantDistribution,
-    ConditionalInterpolantTransform,
-    ExactDivergence,
-    FixedGrid,
-    Geodesic,
-    InterpolantDistribution,
-    InterpolantTransform,
-    JointInterpolantDistribution,
-    TorusMLP,
-    circular,
-)
+import pyro_interpolant as pi
 from pyro_interpolant.diffusion import sde_log_prob
 from pyro_interpolant.training.preprocessing import marginal_transform, radial_transform
 from pyro_interpolant.transforms.gaussianize import Gaussianized
 
 TOLERANCE = 1e-3
-FINE = FixedGrid(steps=16)  # masses within 7e-4 of one, as with 24
+FINE = pi.FixedGrid(steps=16)  # masses within 7e-4 of one, as with 24
 
 
 # ---- integrals ----------------------------------------------------------------------------------
@@ -116,7 +103,7 @@ def far_flow(dim, context_dim=0, *, build=random_flow, whitening=None, **choices
         last = (velocity.out.weight,)
     context = torch.randn(500, context_dim) if context_dim else None
     t, x = torch.rand(500), torch.randn(500, dim)
-    spread = ExactDivergence()(velocity, t, x, context).std()
+    spread = pi.ExactDivergence()(velocity, t, x, context).std()
     speed = velocity(t, x, context).square().mean().sqrt()
     for weight in last:
         weight.mul_(torch.minimum(0.7 / spread, 1 / speed))
@@ -143,7 +130,7 @@ FAMILIES = {
     },
     "base": {
         **BASES,
-        "flow": lambda dim: InterpolantDistribution(far_flow(dim)),
+        "flow": lambda dim: pi.InterpolantDistribution(far_flow(dim)),
         "batch": lambda dim: dist.Normal(torch.randn(3, dim), 1.0).to_event(1),
     },
 }
@@ -171,18 +158,18 @@ def mapped(make, dim):
 
 
 def real(member, dim, **options):
-    return InterpolantDistribution(*parts(member, dim), **options)
+    return pi.InterpolantDistribution(*parts(member, dim), **options)
 
 
 def conditional(member, dim):
-    flow = ConditionalInterpolantDistribution(*parts(member, dim, 3))
+    flow = pi.ConditionalInterpolantDistribution(*parts(member, dim, 3))
     return flow.condition(torch.randn(3))
 
 
 def joint(member, dim):
     first = {"scale": ((), constraints.positive)}
     sites = {**first, "others": ((dim - 1,), constraints.real)} if dim > 1 else first
-    return JointInterpolantDistribution(*parts(member, dim), sites=sites)
+    return pi.JointInterpolantDistribution(*parts(member, dim), sites=sites)
 
 
 SETTINGS = {
@@ -234,7 +221,7 @@ def test_in_a_plane(setting, members):
 def test_of_an_estimated_trace_in_one_dimension():
     """Where the estimate has no error; elsewhere log_prob is right on average alone."""
     flow = far_flow(1, divergence=DIVERGENCES["hutchinson"])
-    check(InterpolantDistribution(flow))
+    check(pi.InterpolantDistribution(flow))
 
 
 @pytest.mark.slow
@@ -245,7 +232,7 @@ def test_in_eight_dimensions(setting):
 
 MORE = {
     "expanded": lambda: real({"base": "multivariate"}, 2).expand((2, 3)),
-    "a context each": lambda: ConditionalInterpolantDistribution(far_flow(1, 3)).condition(
+    "a context each": lambda: pi.ConditionalInterpolantDistribution(far_flow(1, 3)).condition(
         torch.randn(3, 3)
     ),
     "float32": lambda: real({}, 2).to(torch.float32),
@@ -266,7 +253,7 @@ def test_on_supports(name):
     flow = far_flow(case.dim)
     whitening = flow.flow.whitening
     whitening.set(whitening.loc, 0.5 * whitening.linear)  # neighbours must not round to one
-    check(InterpolantDistribution(flow, support=case.support), free=case.free)
+    check(pi.InterpolantDistribution(flow, support=case.support), free=case.free)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +263,7 @@ class Off:
     share: float = 0.95
 
     def __call__(self, velocity, t, x, context):
-        return self.share * ExactDivergence()(velocity, t, x, context)
+        return self.share * pi.ExactDivergence()(velocity, t, x, context)
 
 
 def test_a_wrong_divergence_is_seen():
@@ -290,18 +277,18 @@ def test_a_wrong_divergence_is_seen():
 
 
 def torus_flow(dim, context_dim=0, hidden_dims=(16, 16), **choices):
-    velocity = TorusMLP(dim, hidden_dims, context_dim)
+    velocity = pi.TorusMLP(dim, hidden_dims, context_dim)
     with torch.no_grad():
         velocity.output.weight.normal_(std=1.0)
         velocity.shifts.weight[-dim:].normal_(std=1.0)
         velocity.scales.weight.normal_(std=0.05)
-    kind = ConditionalInterpolantTransform if context_dim else InterpolantTransform
-    choices = {"interpolant": Geodesic(), "solver": FINE, **choices}
+    kind = pi.ConditionalInterpolantTransform if context_dim else pi.InterpolantTransform
+    choices = {"interpolant": pi.Geodesic(), "solver": FINE, **choices}
     return kind(velocity, **choices).requires_grad_(requires_grad=False)
 
 
 def angles(dim, base=None, **choices):
-    return InterpolantDistribution(torus_flow(dim, **choices), base, support=circular)
+    return pi.InterpolantDistribution(torus_flow(dim, **choices), base, support=pi.circular)
 
 
 def von_mises(*shape):
@@ -311,7 +298,7 @@ def von_mises(*shape):
 
 def conditional_angles(dim, **choices):
     flow = torus_flow(dim, context_dim=3, **choices)
-    flow = ConditionalInterpolantDistribution(flow, von_mises(dim), support=circular)
+    flow = pi.ConditionalInterpolantDistribution(flow, von_mises(dim), support=pi.circular)
     return flow.condition(torch.randn(3))
 
 
@@ -373,25 +360,3 @@ def test_of_a_stochastic_model(member, setting):
     """A random velocity has no score, and paths that lean on one no variance: these do not."""
     distribution = SETTINGS[setting]({"interpolant": member}, 1)
     sde_check(distribution, guidance=0.0, paths=400, steps=30)
-
-
-class Perturbed(nn.Module):
-    """A velocity with an error, of which the stochastic model is another than the flow."""
-
-    def __init__(self, truth):
-        super().__init__()
-        self.truth, self.event_dim = truth, truth.event_dim
-
-    def forward(self, t, x, context=None):
-        return self.truth(t, x) + 0.2 * (1 - t)[..., None] * torch.sin(2 * x)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "guidance"),
-    [("trigonometric", 0.5), ("linear", 1.0), ("encoding-decoding", 1.0), ("linear, bridge", 0.5)],
-)
-def test_of_a_stochastic_model_along_guided_paths(name, guidance):
-    velocity = Perturbed(random_mixture(1, SDE_MEMBERS[name], seed=2))
-    flow = InterpolantTransform(velocity, interpolant=SDE_MEMBERS[name], solver=FINE)
-    sde_check(InterpolantDistribution(flow), guidance=guidance, paths=64, steps=40)
