@@ -1,20 +1,16 @@
 import math
 
-import numpy as np
 import pytest
 import torch
-from cases import HIDDEN_DIMS, OwnVelocity
+from cases import HIDDEN_DIMS
 from torch import nn
-from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_interpolant import (
-    ConditionalInterpolantTransform,
     InterpolantTransform,
     TorusMLP,
     VelocityMLP,
 )
-from pyro_interpolant.nn.mlp import untrained_like
 from pyro_interpolant.nn.velocity import field
 
 
@@ -28,9 +24,10 @@ def network(hidden_dims=(16, 16), context_dim=0, dim=3):
     return velocity
 
 
-@pytest.mark.parametrize("reach", [math.inf, 2.0])
-@pytest.mark.parametrize("context_dim", [0, 2])
-@pytest.mark.parametrize("name", HIDDEN_DIMS)
+@pytest.mark.parametrize(
+    ("name", "context_dim", "reach"),
+    [("one", 2, 2.0), ("two", 0, math.inf), ("residual", 2, math.inf), ("residual", 0, 2.0)],
+)
 def test_three_ways_to_the_same_velocity(name, context_dim, reach):
     velocity = network(HIDDEN_DIMS[name], context_dim)
     velocity.reach.fill_(reach)
@@ -48,9 +45,8 @@ def test_three_ways_to_the_same_velocity(name, context_dim, reach):
             assert both[1].shape == (7,)
 
 
-@pytest.mark.parametrize("name", HIDDEN_DIMS)
-def test_time_and_context_matter(name):
-    velocity = network(HIDDEN_DIMS[name], 2)
+def test_time_and_context_matter():
+    velocity = network((16, 16, 16), 2)
     x, context = torch.randn(3), torch.randn(2)
     v = velocity(torch.tensor(0.2), x, context)
     assert (velocity(torch.tensor(0.7), x, context) - v).abs().max() > 1e-3
@@ -72,28 +68,25 @@ def test_a_residual_network_is_not_the_plain_one():
     torch.testing.assert_close(velocity(t, x), velocity.output.weight @ h + b[3])
 
 
-@pytest.mark.parametrize("call", ["__call__", "forward_and_divergence"])
-def test_a_wrong_context_is_refused(call):
+def test_refusals():
     t, x = torch.tensor(0.5), torch.randn(4, 3)
     conditional, plain = network(context_dim=2), network()
-    with pytest.raises(ValueError, match=r"a context of shape \(\*, 2\), got none"):
-        getattr(conditional, call)(t, x)
-    with pytest.raises(ValueError, match=r"a context of shape \(\*, 2\), got shape \(4, 3\)"):
-        getattr(conditional, call)(t, x, torch.randn(4, 3))
-    with pytest.raises(ValueError, match=r"no context, got shape \(4, 2\).*context_dim=0"):
-        getattr(plain, call)(t, x, torch.randn(4, 2))
-
-
-def test_the_field_refuses_a_wrong_context_too():
+    for call in (VelocityMLP.__call__, VelocityMLP.forward_and_divergence):
+        with pytest.raises(ValueError, match=r"a context of shape \(\*, 2\), got none"):
+            call(conditional, t, x)
+        with pytest.raises(ValueError, match=r"a context of shape \(\*, 2\), got shape \(4, 3\)"):
+            call(conditional, t, x, torch.randn(4, 3))
+        with pytest.raises(ValueError, match=r"no context, got shape \(4, 2\).*context_dim=0"):
+            call(plain, t, x, torch.randn(4, 2))
     with pytest.raises(ValueError, match="got none"):
-        network(context_dim=2).field(torch.rand(3))
-    with pytest.raises(ValueError, match="expected no context"):
-        network().field(torch.rand(3), torch.randn(2))
+        conditional.field(torch.rand(3))
+    for arguments in ((0, (8,)), (2, ()), (2, (8, 0)), (2, (8,), -1)):
+        with pytest.raises(ValueError, match="expected a positive event_dim"):
+            VelocityMLP(*arguments)
 
 
-@pytest.mark.parametrize("name", HIDDEN_DIMS)
-def test_the_gate_leaves_the_data_alone_and_bounds_the_far_field(name):
-    velocity = network(HIDDEN_DIMS[name])
+def test_the_gate_leaves_the_data_alone_and_bounds_the_far_field():
+    velocity = network((16, 16, 16))
     t, direction = torch.tensor(0.4), nn.functional.normalize(torch.randn(3), dim=0)
     ungated = [velocity(t, r * direction).norm() for r in (0.1, 1e4, 1e6)]
     velocity.reach.fill_(10.0)
@@ -126,10 +119,9 @@ def test_preconditioning_sets_the_gate_and_the_scale_of_the_context():
     torch.testing.assert_close(gated, velocity(t, w, context), rtol=0.1, atol=0)
 
 
-@pytest.mark.parametrize("value", [0.0, 0.1, 7.7])
-def test_a_context_that_is_the_same_in_all_rows_has_no_scale(value):
+def test_a_context_that_is_the_same_in_all_rows_has_no_scale():
     """The mean of 900 times 0.1 is off by 1e-17, which is no unit to measure other contexts in."""
-    velocity = network(context_dim=1)
+    velocity, value = network(context_dim=1), 0.1
     velocity.set_scales(torch.randn(900, 3), torch.full((900, 1), value))
     assert velocity.context_scale == 1
     t, x = torch.tensor(0.5), torch.randn(5, 3)
@@ -160,42 +152,6 @@ def test_an_untrained_copy_has_the_scales_of_the_network(kind):
     assert copy.context_scale.min() > 2
 
 
-@pytest.mark.parametrize("kind", [VelocityMLP, TorusMLP])
-def test_an_untrained_copy_has_no_buffers_of_layers_that_were_changed(kind):
-    velocity = kind(2, (8, 8))
-    prune.random_unstructured(velocity.layers[1], "weight", amount=0.5)
-    velocity.set_scales(10 * torch.randn(50, 2))
-    copy = velocity.untrained_copy()
-    assert copy.is_untrained()
-    assert torch.equal(copy.reach, velocity.reach)
-    assert [name for name, _ in copy.named_buffers()] == ["reach", "context_loc", "context_scale"]
-
-
-def test_what_is_put_in_place_of_the_output_may_have_no_weight():
-    velocity = VelocityMLP(2, (8,))
-    velocity.output = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
-    assert not velocity.is_untrained()
-
-
-@pytest.mark.parametrize("number", [np.int64, torch.tensor], ids=["numpy", "torch"])
-def test_sizes_may_be_numbers_of_numpy_or_torch(number):
-    velocity = VelocityMLP(number(2), (number(8),), classes=number(3))
-    flow = ConditionalInterpolantTransform(velocity).flow
-    assert (flow.event_dim, flow.context_dim, flow.classes) == (2, 1, 3)
-    assert velocity.arguments() == (2, (8,), 0, 3)
-    assert VelocityMLP(2, (8,), number(4)).context_dim == 4
-
-
-@pytest.mark.parametrize("sizes", [(0, 0), (3, 0), (1, 4)])
-def test_beside_a_network_that_makes_no_copy_is_one_of_its_states_and_contexts(sizes):
-    made = untrained_like(OwnVelocity(2), 2, *sizes)
-    assert type(made) is VelocityMLP
-    assert made.event_dim == 2
-    assert (made.context_dim, made.classes) == sizes
-    context = torch.zeros(5, sizes[0]) if sizes[0] else None
-    assert made(torch.tensor(0.3), torch.randn(5, 2), context).shape == (5, 2)
-
-
 def test_tight_data_do_not_gate_the_base():
     velocity = network()
     velocity.set_scales(1e-3 * torch.randn(100, 3))
@@ -205,7 +161,7 @@ def test_tight_data_do_not_gate_the_base():
     assert v.norm() > 0.5 * velocity_there.norm()
 
 
-@pytest.mark.parametrize("dim", [1, 2, 8, 9, 30])
+@pytest.mark.parametrize("dim", [1, 9])
 def test_an_untrained_default_network_is_zero(dim):
     velocity = VelocityMLP(dim)
     v, divergence = velocity.forward_and_divergence(torch.rand(5), torch.randn(5, dim))
@@ -216,43 +172,20 @@ def test_an_untrained_default_network_is_zero(dim):
     assert torch.equal(flow(x), x)
 
 
-def test_default_widths_go_by_dimension():
-    one, few, many = (VelocityMLP(dim).hidden_dims for dim in (1, 32, 33))
-    assert one == few
-    assert len(few) == 3
-    assert len(many) == 2
-    assert few[0] < many[0]
-
-
-@pytest.mark.parametrize(
-    ("dim", "hidden", "context"), [(2, None, 0), (3, (8,), 1), (9, (8, 9), 4)]
-)
-def test_arguments_rebuild_the_network(dim, hidden, context):
-    velocity = VelocityMLP(dim, hidden, context)
-    again = VelocityMLP(*velocity.arguments())
+def test_arguments_rebuild_the_network_and_the_type_follows():
+    velocity = network((16, 16, 16), 2).float()
+    again = VelocityMLP(*velocity.arguments()).float()
     again.load_state_dict(velocity.state_dict())
-    assert again.hidden_dims == velocity.hidden_dims
-    assert again.context_dim == context
+    given = torch.rand(4).float(), torch.randn(4, 3).float(), torch.randn(4, 2).float()
+    v, divergence = velocity.forward_and_divergence(*given)
+    assert v.dtype == divergence.dtype == velocity.reach.dtype == torch.float32
+    assert torch.equal(again(*given), velocity(*given))
 
 
 @pytest.mark.parametrize(
-    "arguments", [(0, (8,)), (-1, (8,)), (2, ()), (2, (8, 0)), (2, (8,), -1)], ids=str
+    ("hidden", "dtype"),
+    [((16,), torch.float64), ((16, 16, 16), torch.float32), ((12, 16, 16, 8), torch.float64)],
 )
-def test_impossible_sizes_are_refused(arguments):
-    with pytest.raises(ValueError, match="expected a positive event_dim"):
-        VelocityMLP(*arguments)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_type_follows(dtype):
-    velocity = network((16, 16, 16), 2).to(dtype)
-    x, context = torch.randn(4, 3, dtype=dtype), torch.randn(4, 2, dtype=dtype)
-    v, divergence = velocity.forward_and_divergence(torch.rand(4, dtype=dtype), x, context)
-    assert v.dtype == divergence.dtype == velocity.reach.dtype == dtype
-
-
-@pytest.mark.parametrize("hidden", [(16,), (16, 12), (16, 16, 16), (12, 16, 16, 8)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_values_are_the_same_with_and_without_gradients(hidden, dtype):
     """Without gradients activations are computed in place, and slopes by a fused kernel."""
     velocity = VelocityMLP(3, hidden).to(dtype)
@@ -288,10 +221,11 @@ def test_tangents_survive_without_gradients():
         torch.testing.assert_close(tangent, (a - b) / (2 * step), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize(("dim", "factor"), [(2, 1.0), (3, 3.0), (8, 3.0), (9, 1.0)])
-def test_the_first_layer_starts_sharper_from_3_to_8_dimensions(dim, factor):
-    largest = float(VelocityMLP(dim, (256, 256)).layers[0].weight.detach().abs().max())
-    assert 0.95 * factor < largest * math.sqrt(dim) <= factor + 1e-6
+def test_the_first_layer_starts_sharper_from_3_to_8_dimensions():
+    for dim, factor in ((2, 1.0), (3, 3.0), (8, 3.0), (9, 1.0)):
+        weight = VelocityMLP(dim, (256, 256)).layers[0].weight.detach()
+        largest = float(weight.abs().max()) * math.sqrt(dim)
+        assert 0.95 * factor < largest <= factor + 1e-6, dim
 
 
 class Products(TorchDispatchMode):
@@ -307,8 +241,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", [VelocityMLP, TorusMLP])
-@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize(("kind", "needs_grad"), [(VelocityMLP, True), (TorusMLP, False)])
 def test_a_deep_divergence_takes_one_product_for_all_rows_and_directions(kind, needs_grad):
     velocity = kind(2, (16, 16, 16)).double().requires_grad_(requires_grad=False)
     x = torch.randn(5, 7, 2).double().requires_grad_(needs_grad)

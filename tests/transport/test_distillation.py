@@ -12,7 +12,6 @@ from cases import random_flow, random_prior
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.distributions.transforms import affine_autoregressive, affine_coupling
-from pyro.infer import MCMC, NUTS
 from pyro.infer.reparam import TransformReparam
 from torch import nn
 from torch.distributions import AffineTransform, ComposeTransform, Independent, Transform
@@ -24,7 +23,6 @@ from pyro_interpolant import (
     Geodesic,
     InterpolantDistribution,
     InterpolantTransform,
-    JointInterpolantDistribution,
     Samples,
     TorusMLP,
     circular,
@@ -36,7 +34,6 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.training.preprocessing import marginal_transform
 from pyro_interpolant.transforms.gaussianize import Gaussianized
-from pyro_interpolant.transport.distillation import StudentTransforms
 
 QUICK = {"count": 2000, "steps": 40, "batch_size": 128, "seed": 0, "progress": False}
 
@@ -90,15 +87,7 @@ def test_the_score_of_a_student_has_no_kinks():
 
 
 @pytest.mark.slow
-def test_training_brings_a_student_nearer():
-    flow = random_prior(3)
-    first, last = (distill(flow, **{**QUICK, "steps": n}).relative_entropy for n in (1, 60))
-    assert last < 0.5 * first
-    assert last < 0.05
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("support", [constraints.positive, constraints.simplex, constraints.real])
+@pytest.mark.parametrize("support", [constraints.simplex, constraints.real])
 def test_students_are_on_the_support_of_the_flow(support):
     dim = 1 if support is constraints.real else 2
     flow = random_prior(dim, support=support)
@@ -114,10 +103,8 @@ def test_students_are_on_the_support_of_the_flow(support):
 @pytest.mark.parametrize(
     ("support", "outside"),
     [
-        (constraints.interval(-1.0, 2.0), [[-1.1, 0.0], [0.0, 7.0]]),
         (constraints.positive, [[-0.5, 1.0], [math.inf, 1.0]]),
         (constraints.simplex, [[-0.1, 0.5, 0.6], [0.4, 0.7, -0.1]]),
-        (constraints.real, [[math.inf, 0.0], [0.0, -math.inf]]),
         (constraints.unit_interval, [-0.1, 1.1]),  # scalars
     ],
 )
@@ -137,47 +124,6 @@ def test_a_student_is_nowhere_that_the_flow_is_not(support, outside):
         assert bool(gradient.isfinite().all())
         assert not gradient[2:].any()
     assert bool(student.log_prob(torch.full(flow.event_shape, math.nan)).isnan())
-
-
-@pytest.mark.parametrize("support", [constraints.real_vector, constraints.simplex])
-def test_of_no_rows_a_student_has_draws_and_densities_as_the_flow(support):
-    flow = random_prior(2, support=support)
-    student = distill(flow, **{**QUICK, "count": 100, "steps": 1}).distribution
-    x = flow.sample((4,))
-    for each in (flow, student):
-        none = x[:0].requires_grad_()
-        assert each.log_prob(none).shape == (0,)
-        assert each.expand((3, 1)).log_prob(none).shape == (3, 0)
-        assert torch.autograd.grad(each.log_prob(none).sum(), none)[0].shape == none.shape
-        assert each.sample((2, 0)).shape == (2, 0, *flow.event_shape)
-        assert each.expand((0,)).rsample((2,)).shape == (2, 0, *flow.event_shape)
-
-
-def test_a_student_takes_values_of_its_type_and_shape():
-    student = distill(gaussian(), **{**QUICK, "steps": 1}).distribution
-    with pytest.raises(ValueError, match="float64, the type of the student, got torch.float32: "):
-        student.log_prob(torch.zeros(3, 2).float())
-    with pytest.raises(ValueError, match=r"a value of shape \(\*, 2\), got \(3, 1\)"):
-        student.log_prob(torch.zeros(3, 1))
-    with pytest.raises(TypeError, match="a value that is a tensor, got list"):
-        student.log_prob([0.0, 0.0])
-
-
-@pytest.mark.slow
-def test_a_student_of_named_sites_is_one_of_the_packed_vector():
-    sites = {"slope": ((2,), constraints.real), "noise": ((), constraints.positive)}
-    flow = JointInterpolantDistribution(random_flow(3), sites=sites).freeze()
-    draws = flow.unpack(distill(flow, **QUICK).distribution.sample((7,)))
-    assert draws["slope"].shape == (7, 2)
-    assert bool((draws["noise"] > 0).all())
-
-
-@pytest.mark.slow
-def test_a_base_without_a_density():
-    flow = InterpolantDistribution(random_flow(2), Samples(torch.randn(500, 2))).freeze()
-    result = distill(flow, **QUICK)
-    assert math.isnan(result.relative_entropy)
-    assert result.distribution.log_prob(flow.sample((5,))).shape == (5,)
 
 
 def test_a_base_that_comes_from_samples_has_no_density_either():
@@ -221,6 +167,7 @@ def test_students_are_frozen_and_can_be_copied():
     student = distill(random_prior(2), **QUICK).distribution
     modules = [part for part in student.transforms if isinstance(part, nn.Module)]
     assert modules
+    assert not any(part.training for part in modules)
     assert not any(p.requires_grad for part in modules for p in part.parameters())
     x = torch.randn(5, 2)
     student.log_prob(x.requires_grad_()).sum().backward()  # of which caches keep the graph
@@ -228,11 +175,7 @@ def test_students_are_frozen_and_can_be_copied():
     for copied in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
         assert torch.equal(copied.log_prob(x), student.log_prob(x))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.slow
-def test_what_was_drawn_has_a_gradient_too():
-    student = distill(random_prior(2), **QUICK).distribution
+    # What was drawn, and is known to the caches, has a gradient too.
     z = student.sample((5,))
     known = student.log_prob(z)
     (found,) = torch.autograd.grad(student.log_prob(z.requires_grad_()).sum(), z)
@@ -266,36 +209,11 @@ def test_students_of_ones_own():
     before = next(slow.parameters()).clone()
     distill(flow, [ComposeTransform([slow.inv])], **{**QUICK, "steps": 3})
     assert not torch.equal(next(slow.parameters()), before)  # modules inside of others, too
-    part = AffineTransform(0.0, 1.0)
-    assert part.inv.inv is part  # each now holds the other
-    assert [kept is part for kept in StudentTransforms([part]).chain()] == [True]
     module = LikeZuko()
     theirs = distill(flow, module, **QUICK)
     assert float(module.shift.abs().max()) > 0  # it was trained
     assert not module.shift.requires_grad
     assert max(ours.relative_entropy, theirs.relative_entropy) < 0.1
-
-
-def test_a_student_may_have_frozen_parts_and_is_left_in_evaluation():
-    frozen, trained = affine_coupling(2, [8]).requires_grad_(requires_grad=False), LikeZuko()
-    quick = {**QUICK, "count": 200, "steps": 2}
-    student = [affine_coupling(2, [8]), frozen]
-    distill(gaussian(), student, **quick)
-    distill(gaussian(), trained, **quick)
-    assert not any(part.training for part in (*student, trained))
-
-
-def test_a_batch_without_a_finite_gradient_is_passed_over():
-    module, factors = LikeZuko(), iter([1.0, math.inf, 1.0])
-    module.shift.register_hook(lambda gradient: gradient * next(factors))
-    StudentTransforms(module).learn(1 + torch.randn(50, 2), 3, 20, 1e-2, progress=False)
-    assert bool(module.shift.isfinite().all())
-    assert float(module.shift.abs().min()) > 0
-
-
-class Unrelated(nn.Module):
-    def forward(self):
-        return torch.zeros(2)
 
 
 class Broken(Transform):
@@ -312,7 +230,7 @@ class Broken(Transform):
         return math.nan * x.sum(-1)
 
 
-def test_what_cannot_be_distilled_is_refused():
+def test_refusals():
     family = ConditionalInterpolantDistribution(conditional_interpolant_transform(2, 1))
     with pytest.raises(TypeError, match=r"condition\(c\)"):
         distill(family, **QUICK)
@@ -321,22 +239,23 @@ def test_what_cannot_be_distilled_is_refused():
     torus = InterpolantTransform(TorusMLP(1, (8,)), interpolant=Geodesic())
     with pytest.raises(ValueError, match="got angles"):
         distill(InterpolantDistribution(torus, support=circular), **QUICK)
-    flow = random_prior(2)
-    for wrong in ([], [nn.Linear(2, 2)], Unrelated(), AffineTransform, 3):
-        with pytest.raises(TypeError, match="expected transforms"):
-            distill(flow, wrong, **QUICK)
-    for wrong in ([affine_coupling(3, [8])], [affine_coupling(3, [8]), affine_coupling(2, [8])]):
-        with pytest.raises(ValueError, match=r"expected a student of draws of shape \(\*, 2\)"):
-            distill(flow, wrong, **QUICK)
-    for steps in (0, 2.5):
-        with pytest.raises(ValueError, match="steps >= 1, a whole number"):
-            distill(flow, **{**QUICK, "steps": steps})
+    flow, quick = random_prior(2), QUICK | {"count": 200, "steps": 2}
+    with pytest.raises(TypeError, match="expected transforms"):
+        distill(flow, [nn.Linear(2, 2)], **quick)
+    with pytest.raises(ValueError, match=r"expected a student of draws of shape \(\*, 2\)"):
+        distill(flow, [affine_coupling(3, [8])], **quick)
+    with pytest.raises(ValueError, match="steps >= 1, a whole number"):
+        distill(flow, **{**quick, "steps": 0})
     student = [affine_coupling(2, [8])]
-    distill(flow, student, **QUICK | {"count": 200.0, "steps": 2.0, "batch_size": 64.0})
+    trained = distill(flow, student, **quick).distribution
     with pytest.raises(ValueError, match="that has been trained are: build a new one"):
-        distill(flow, student, **QUICK)
-    with pytest.raises(RuntimeError, match="not finite for 200 of 200"):
-        distill(flow, [affine_coupling(2, [8]), Broken()], **QUICK)
+        distill(flow, student, **quick)
+    with pytest.raises(RuntimeError, match="not finite for 20 of 20"):
+        distill(flow, [affine_coupling(2, [8]), Broken()], **quick)
+    with pytest.raises(ValueError, match="float64, the type of the student, got torch.float32: "):
+        trained.log_prob(torch.zeros(3, 2).float())
+    with pytest.raises(ValueError, match=r"a value of shape \(\*, 2\), got \(3, 1\)"):
+        trained.log_prob(torch.zeros(3, 1))
 
 
 # ----------------------------------------------------------------------------------- under NUTS
@@ -379,20 +298,6 @@ def test_the_density_under_a_student_is_the_models_own():
         neutra(guide, student=distill(inside, **QUICK).distribution)
     with pytest.raises(TypeError, match="got DistillResult"):
         neutra(guide, student=distill(inside, **QUICK))
-
-
-@pytest.mark.slow
-def test_nuts_under_a_student_finds_the_posterior():
-    guide = trained_guide()
-    base = neutra(guide, student=distill(guide.get_posterior(), **QUICK).distribution)
-    mcmc = MCMC(NUTS(base), num_samples=200, warmup_steps=50, disable_progbar=True)
-    mcmc.run()
-    found = base.samples(mcmc.get_samples())["scale"]
-    s = torch.linspace(1e-3, 8.0, 8000)  # by a grid: y given the scale is normal
-    density = dist.HalfNormal(1.0).log_prob(s)
-    density = density + dist.Normal(0.0, (s**2 + 0.25).sqrt()[:, None]).log_prob(Y).sum(-1)
-    mean = float((density.softmax(0) * s).sum())
-    assert abs(float(found.mean()) - mean) < 0.1
 
 
 def test_a_student_behind_a_map_of_columns_takes_the_guides_place():

@@ -1,6 +1,3 @@
-import itertools
-from types import SimpleNamespace
-
 import pyro.distributions as dist
 import pytest
 import torch
@@ -33,7 +30,7 @@ from pyro_interpolant import (
 from pyro_interpolant.distributions.bases import WhitenedBase
 from pyro_interpolant.interpolants.nonlinear import wrap
 from pyro_interpolant.training.data import Table
-from pyro_interpolant.transport import max_min, rectified
+from pyro_interpolant.transport import rectified
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
 
@@ -47,14 +44,13 @@ def gaussian_flow(pair, interpolant, hidden=(48, 48)):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dim", [2])
-def test_matrices_reach_the_optimal_energy_between_gaussians(dim):
+def test_matrices_reach_the_optimal_energy_between_gaussians():
     # Without the waves of the start the paths have a tenth more than the least energy, without
     # its centres a sixth, after as few steps as these.
-    pair = GaussianTransport(15, dim)
+    pair = GaussianTransport(15, 2)
     pair.means[1] = pair.means[0] - torch.tensor([0.0, 1.5])
     data = pair.sample(1, 6000)
-    interpolant = LearnedInterpolant(8, event_dim=dim, matrices=True)
+    interpolant = LearnedInterpolant(8, event_dim=2, matrices=True)
     distribution = gaussian_flow(pair, interpolant.double(), (32, 32))
     options = {**QUICK, "alternations": 20, "steps": 300, "learning_rate": 5e-3}
     learn_interpolant(distribution, data, **options)
@@ -121,19 +117,6 @@ def test_the_same_seed_gives_the_same_interpolant():
 
 
 @pytest.mark.slow
-def test_optimal_pairs_shorten_the_path():
-    """Minibatch transport, without learning an interpolant."""
-    pair = GaussianTransport(15, 2)  # half as much again where they are independent
-    data = pair.sample(1, 4000)
-    distribution = gaussian_flow(pair, Linear(), (32, 32))
-    options = {**QUICK, "batch_size": 128}
-    fit(distribution, data, steps=400, learning_rate=5e-3, coupling=optimal_transport, **options)
-    energy = path_energy(distribution, count=4000)
-    assert energy.value == pytest.approx(pair.w2(), rel=0.06)
-    assert pair.energy(Linear()) > 1.1 * pair.w2()
-
-
-@pytest.mark.slow
 def test_two_data_sets_and_contexts():
     x0 = torch.randn(600, 2) - 3
     distribution = InterpolantDistribution(
@@ -170,7 +153,7 @@ def test_columns_of_a_frame_are_those_of_the_rows_that_the_map_is_set_from():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
-@pytest.mark.parametrize("options", [{"seed": 3}, {"seed": None}, {"validation": 0.3}])
+@pytest.mark.parametrize("options", [{"seed": None}, {"validation": 0.3}])
 def test_no_row_held_out_at_the_end_is_learned_before(options, monkeypatch):
     found = {"rows": [], "base": []}
 
@@ -226,15 +209,8 @@ def test_the_alternation_takes_weights_and_pairs_too():
     assert energies(x, pairs=x) != energies(x)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param({"modes": 2}, marks=pytest.mark.slow),
-        {"modes": 2, "event_dim": 1, "matrices": True},
-    ],
-)
-def test_one_column_alone(options):
-    path = LearnedInterpolant(**options).double()
+def test_one_column_alone():
+    path = LearnedInterpolant(2, event_dim=1, matrices=True).double()
     distribution = InterpolantDistribution(interpolant_transform(1, (8, 8), interpolant=path))
     data = 0.1 * torch.randn(300, 1) + 5
     found = learn_interpolant(distribution, data, alternations=5, steps=5, **QUICK)
@@ -242,65 +218,16 @@ def test_one_column_alone(options):
     assert path.waves.any()
 
 
-def test_energies_are_those_since_the_one_before_and_ascents_fall_to_nothing(monkeypatch):
-    """Means over all steps so far would hide whether the alternation still lowers the energy."""
-    losses, rates = itertools.count(1), []
-
-    class Descending:
-        def __init__(self, objective):
-            pass
-
-        def __call__(self, points, rate):
-            return -torch.tensor(float(next(losses)))
-
-        def is_stuck(self):
-            return False
-
-    monkeypatch.setattr(max_min, "Descent", Descending)
-    monkeypatch.setattr(max_min, "_Ascent", lambda *_: lambda rows, rate: rates.append(rate))
-    batches = SimpleNamespace(next=lambda: None, next_rows=None)
-    pace = max_min._Pace(20, 3, 1e-3, 0.5)
-    found = pace.alternate(None, SimpleNamespace(weights=list), batches, progress=False)
-    head = 12  # a fifth of 60
-    assert found == [head + 3 * i + 2 for i in range(20)]
-    assert len(rates) == 17  # it rests at the end
-    assert rates[0] == 0.5
-    assert rates == sorted(rates, reverse=True)
-    assert rates[-1] < 0.01
-
-
 @pytest.mark.parametrize(
     ("interpolant", "options", "kind", "message"),
     [
         (Trigonometric(), {}, TypeError, "expected a flow with a LearnedInterpolant, got Trig"),
         (LearnedInterpolant(), {"alternations": 0}, ValueError, "alternations >= 1, a whole"),
-        (LearnedInterpolant(), {"alternations": 2.5}, ValueError, "alternations >= 1, a whole"),
-        (LearnedInterpolant(), {"velocity_steps": 1.5}, ValueError, "velocity_steps >= 1, a who"),
         (LearnedInterpolant(), {"interpolant_rate": 0.0}, ValueError, "interpolant_rate > 0"),
-        (LearnedInterpolant(), {"coupling": "optimal"}, TypeError, "coupling to be a function"),
-        (LearnedInterpolant(), {"whiten": True}, ValueError, "other options of fit than whiten:"),
         (LearnedInterpolant(), {"learn": "noise"}, ValueError, "options of fit than learn:"),
         (LearnedInterpolant(), {"stepz": 9}, TypeError, "expected options of fit, got stepz"),
         (LearnedInterpolant(), {"steps": 0}, ValueError, "steps >= 1, a whole number"),
-        (LearnedInterpolant(), {"tolerance": -1}, ValueError, "tolerance > 0, got -1"),
-        (LearnedInterpolant(), {"ema": 2}, ValueError, r"ema in \[0, 1\), got 2"),
-        (LearnedInterpolant(), {"checkpoint_every": 0}, ValueError, "checkpoint_every >= 1"),
-        (LearnedInterpolant(), {"callback": 3}, TypeError, "callback to be a function"),
-        (LearnedInterpolant(), {"validation": None}, ValueError, "validation .*, got None"),
-        (LearnedInterpolant(), {"learning_rate": None}, ValueError, "rate > 0, got None"),
-        (LearnedInterpolant(), {"checkpoint": "a", "seed": None}, ValueError, "a seed beside"),
-        (
-            LearnedInterpolant(),
-            {"pairs": torch.zeros(300, 2), "coupling": optimal_transport},
-            ValueError,
-            "expected pairs or a coupling",
-        ),
-        (
-            LearnedInterpolant(event_dim=3, matrices=True),
-            {},
-            ValueError,
-            "expected an interpolant of event_dim=2, got 3",
-        ),
+        (LearnedInterpolant(event_dim=3), {}, ValueError, "event_dim=2, got 3"),
     ],
 )
 def test_refused_before_work(interpolant, options, kind, message):
@@ -324,17 +251,10 @@ def ring(count):
     return torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
 
 
-@pytest.fixture(scope="module")
-def ring_flow():
-    torch.manual_seed(0)
-    distribution = InterpolantDistribution(interpolant_transform(2, (32, 32)).double())
-    data = ring(2000).double()
-    fit(distribution, data, steps=300, learning_rate=5e-3, **QUICK)
-    return distribution
-
-
 @pytest.mark.slow
-def test_reflow_straightens_the_paths(ring_flow):
+def test_reflow_straightens_the_paths():
+    ring_flow = InterpolantDistribution(interpolant_transform(2, (32, 32)).double())
+    fit(ring_flow, ring(2000).double(), steps=300, learning_rate=5e-3, **QUICK)
     before = [p.clone() for p in ring_flow.transform.parameters()]
     result = reflow(ring_flow, count=4000, steps=300, learning_rate=5e-3, **QUICK)
     for p, q in zip(before, ring_flow.transform.parameters(), strict=True):
@@ -350,36 +270,20 @@ def test_reflow_straightens_the_paths(ring_flow):
     assert not result.distribution.transform.flow.independent
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"whiten": True},
-        {"pairs": torch.zeros(1)},
-        {"learn": "noise"},
-        {"base_samples": torch.zeros(1)},
-        {"coupling": optimal_transport},
-    ],
-)
-def test_options_that_reflow_sets_are_refused(options):
+def test_refusals_of_reflow(monkeypatch):
+    monkeypatch.setattr(rectified, "fit", None)  # before work
     distribution = InterpolantDistribution(interpolant_transform(2, (8,)))
-    with pytest.raises(ValueError, match=f"other options of fit than {next(iter(options))}:"):
-        reflow(distribution, **options)
+    with pytest.raises(ValueError, match="other options of fit than coupling:"):
+        reflow(distribution, coupling=optimal_transport)
     with pytest.raises(ValueError, match=r"ema in \[0, 1\), got 2"):
         reflow(distribution, ema=2)
-
-
-def test_what_reflow_cannot_start_from_is_refused(monkeypatch):
-    distribution = InterpolantDistribution(interpolant_transform(2, (8,)))
     with pytest.raises(ValueError, match="expected a seed beside a checkpoint"):
         reflow(distribution, checkpoint="state")
     conditional = ConditionalInterpolantDistribution(conditional_interpolant_transform(2, 3))
     with pytest.raises(ValueError, match="expected a context for a conditional flow, got none"):
         reflow(conditional)
-    with pytest.raises(ValueError, match=r"context of shape \(N, 3\), got \(3,\)"):
-        reflow(conditional, context=torch.zeros(3))
     with pytest.raises(ValueError, match=r"expected one flow, got a batch of shape \(3,\)"):
         reflow(distribution.expand((3,)), count=50)
-    monkeypatch.setattr(rectified, "fit", None)  # before work
     mirror = InterpolantDistribution(interpolant_transform(2, (8,), interpolant=Mirror()))
     with pytest.raises(ValueError, match="to start from: the base of Mirror is the data"):
         reflow(mirror)
@@ -443,23 +347,19 @@ def test_reflow_leaves_the_flow_as_it_was_and_its_noise_and_solver_behind():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
 def test_reflow_of_a_given_base_and_of_contexts():
     base = dist.Normal(torch.tensor([4.0, 0.0]), torch.ones(2)).to_event(1)
-    distribution = InterpolantDistribution(interpolant_transform(2, (16, 16)), base)
-    fit(distribution, ring(500), steps=50, **QUICK)
-    result = reflow(distribution, count=500, steps=20, **QUICK)
+    distribution = InterpolantDistribution(interpolant_transform(2, (8,)), base)
+    result = reflow(distribution, count=300, steps=5, **QUICK)
     assert result.distribution.base.event_shape == (2,)
-    conditional = ConditionalInterpolantDistribution(
-        conditional_interpolant_transform(2, 1, (16, 16))
-    )
-    context = torch.rand(500, 1)
-    fit(conditional, ring(500) + context, context=context, steps=50, **QUICK)
-    assert reflow(conditional, context=context, steps=20, **QUICK).after.density_steps >= 1
+    conditional = ConditionalInterpolantDistribution(conditional_interpolant_transform(2, 1, (8,)))
+    context = torch.rand(300, 1)
+    assert reflow(conditional, context=context, steps=5, **QUICK).after.density_steps >= 1
     labelled = ConditionalInterpolantDistribution(
         ConditionalInterpolantTransform(VelocityMLP(2, (8,), classes=2))
     )
     labels = (context > 0.5).long().numpy()  # of shape (N, 1), as fit takes them
-    fit(labelled, ring(500), context=labels, steps=5, **QUICK)
     assert reflow(labelled, context=labels, steps=5, **QUICK).after.density_steps >= 1
 
 
@@ -472,17 +372,6 @@ def test_reflow_of_a_base_of_samples_is_reported():
     assert result.before.density_steps is None
     assert result.after.sampling_errors.keys() == {1, 2}
     assert "densities" not in repr(result.after)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
-def test_reflow_of_a_base_that_comes_from_samples_is_reported():
-    start = Samples(torch.randn(20_000, 2))
-    base = InterpolantDistribution(interpolant_transform(2, (8,)), start).freeze()
-    distribution = InterpolantDistribution(interpolant_transform(2, (8,)), base)
-    result = reflow(distribution, count=400, steps=1, **QUICK)
-    assert result.before.density_steps is None
-    assert result.after.density_steps is None
 
 
 @pytest.mark.slow
