@@ -3,12 +3,13 @@ import copy
 import dataclasses
 import itertools
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import slow_but
 from pyro.distributions import constraints
 from torch import nn
 
@@ -27,7 +28,6 @@ from pyro_interpolant import (
     conditional_interpolant_transform,
     fit,
     from_samples,
-    independent,
     interpolant_loss,
     interpolant_transform,
     optimal_transport,
@@ -38,6 +38,10 @@ from pyro_interpolant.training.reporting import HeldOutDensity
 from pyro_interpolant.training.selection import Scores
 
 pytestmark = pytest.mark.usefixtures("_few_held_draws")
+
+
+PLACES = torch.arange(100.0, dtype=torch.float64)
+X, C = torch.stack(((0.7 * PLACES).sin(), (1.3 * PLACES).cos()), -1), PLACES[:, None] / 100
 
 
 def tiny(dim=2, **kwargs):
@@ -53,6 +57,10 @@ def tiny_conditional(context_dim=1, **kwargs):
 class Still(nn.Module):
     def forward(self, t, x, context=None):
         return torch.zeros_like(x)
+
+
+def still():
+    return InterpolantDistribution(InterpolantTransform(Still(), 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +95,10 @@ def equal(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wild", [1e6, 1e20])
-def test_a_wild_context_held_out_does_not_choose_the_weights(wild):
+def test_a_wild_context_held_out_does_not_choose_the_weights():
     c, held = torch.randn(1000, 1), torch.randn(300, 1)
     x, unseen = (0.5 * s + torch.randn(len(s), 2) for s in (c, held))
-    held[0] = wild
+    held[0] = 1e20
     d = tiny_conditional()
     result = quick(d, x, context=c, validation=(unseen, held), steps=60)
     assert result.best_step > 30
@@ -109,36 +116,6 @@ def test_a_held_out_loss_that_is_never_finite_is_an_error():
     d = InterpolantDistribution(InterpolantTransform(Broken(), 2))
     with pytest.raises(RuntimeError, match="held-out loss was not finite at any look"):
         quick(d, torch.randn(200, 2))
-
-
-def test_no_validation_is_refused_before_any_work():
-    d = tiny()
-    before = weights_of(d)
-    with pytest.raises(ValueError, match="expected validation between 0 and 1, or rows, got None"):
-        quick(d, torch.randn(200, 2), validation=None)
-    assert equal(weights_of(d), before)
-
-
-@pytest.mark.slow
-def test_rows_and_contexts_held_out_may_be_a_list_and_numbers_whole_floats():
-    d, settings = tiny_conditional(), {"batch_size": 64.0, "accumulate": 2.0, "steps": 3.0}
-    quick(d, X, context=C, validation=[X[:20], C[:20]], **settings)
-    found = from_samples(X, validation=np.float32(0.25), steps=3, seed=0, progress=False)
-    assert found.report.rows == 100
-
-
-@pytest.mark.slow
-def test_columns_of_a_validation_frame_go_by_name_beside_a_mask():
-    import pandas as pd
-
-    x = torch.randn(300, 2) * torch.tensor([1.0, 5.0]) + torch.tensor([0.0, 30.0])
-    frame = pd.DataFrame(x.numpy(), columns=["a", "b"])
-    mask, d = torch.arange(300) > 50, tiny()
-    found = [
-        quick(copy.deepcopy(d), frame, weights=mask, validation=held).validation_losses
-        for held in (frame[:50], frame[:50][["b", "a"]])
-    ]
-    assert found[0] == found[1]
 
 
 @pytest.mark.slow
@@ -165,45 +142,44 @@ def test_the_whitening_is_that_of_the_data():
     torch.testing.assert_close(distribution.sample((500,)).mean(0), x.mean(0), rtol=1e-3, atol=0.5)
 
 
-def test_same_seed_same_weights_and_another_seed_others():
-    x, start = torch.randn(200, 2), interpolant_transform(2, (32, 32))
-    runs = []
-    for seed in (3, 3, 4):
-        distribution = InterpolantDistribution(copy.deepcopy(start))
+@pytest.mark.parametrize("make", ["fit", pytest.param("from_samples", marks=pytest.mark.slow)])
+def test_same_seed_same_weights_and_the_global_generator_is_left_alone(make):
+    x, start, runs = torch.randn(200, 2), interpolant_transform(2, (32, 32)), []
+    for seed in (3, 3, 4, None):
         torch.randn(7)  # the state of the global generator must not matter
-        quick(distribution, x, seed=seed)
+        state = torch.get_rng_state()
+        if make == "fit":
+            distribution = InterpolantDistribution(copy.deepcopy(start))
+            quick(distribution, x, seed=seed)
+        else:
+            distribution = from_samples(x, seed=seed, steps=5, progress=False)
+        assert torch.equal(torch.get_rng_state(), state) == (seed is not None)
         runs.append(weights_of(distribution))
     assert equal(runs[0], runs[1])
     assert not equal(runs[0], runs[2])
+    assert not any(equal(run, runs[3]) for run in runs[:3])
 
 
-def test_from_samples_is_reproducible_from_its_seed():
-    x = torch.randn(200, 2)
-    runs = [weights_of(from_samples(x, seed=seed, steps=5, progress=False)) for seed in (1, 1, 2)]
-    assert equal(runs[0], runs[1])
-    assert not equal(runs[0], runs[2])
-
-
-@pytest.mark.parametrize("make", ["fit", "from_samples"])
-def test_a_seeded_run_leaves_the_global_generator_alone(make):
-    x, distribution = torch.randn(200, 2), tiny()
-    state = torch.get_rng_state()
-    if make == "fit":
-        quick(distribution, x)
-    else:
-        from_samples(x, seed=0, steps=5, progress=False)
-    assert torch.equal(torch.get_rng_state(), state)
+class Dropping(VelocityMLP):
+    def forward(self, t, x, context=None):
+        return super().forward(t, nn.functional.dropout(x, 0.2, self.training), context)
 
 
 @pytest.mark.slow
-def test_without_a_seed_runs_differ():
-    x, start = torch.randn(200, 2), interpolant_transform(2, (32, 32))
-    runs = []
-    for _ in range(2):
+def test_seeded_runs_in_threads_end_in_the_weights_of_one_alone():
+    """However their draws and those of a callback between them come by turns."""
+    start = InterpolantTransform(Dropping(2, (16, 16)))
+
+    def train(barrier=None):
         distribution = InterpolantDistribution(copy.deepcopy(start))
-        quick(distribution, x, seed=None)
-        runs.append(weights_of(distribution))
-    assert not equal(*runs)
+        wait = None if barrier is None else lambda state: barrier.wait(900) < 0
+        quick(distribution, X, callback=wait)
+        return weights_of(distribution)
+
+    expected, barrier = train(), threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(train, [barrier, barrier]))
+    assert all(equal(weights, expected) for weights in found)
 
 
 @pytest.mark.slow
@@ -220,7 +196,7 @@ def test_the_result_and_the_callback_tell_the_same_story():
     assert all(math.isfinite(v) for v in (*result.losses, *result.validation_losses))
     assert told[-1].learning_rate < max(state.learning_rate for state in told) / 10
     assert [state.seconds for state in told] == sorted(state.seconds for state in told)
-    assert 0 < result.seconds < 60
+    assert result.seconds > 0
     assert result.best_step in result.steps
     assert not result.stopped_early
     assert result.skipped == 0
@@ -283,41 +259,13 @@ def test_where_a_density_fails_the_loss_chooses_and_later_failures_are_no_best(m
 
         with monkeypatch.context() as patch:
             patch.setattr(reporting, "log_density", log_density)
-            patch.setattr(HeldOutDensity, "measured", lambda density, report: report)
+            patch.setattr(HeldOutDensity, "measured", lambda density, report, *_: report)
             return quick(tiny(), X, steps=60, seed=0)
 
     result = failing(0)
     losses = result.validation_losses
     assert result.best_step >= result.steps[losses.index(min(losses))]
     assert failing(3).best_step <= result.steps[2]
-
-
-def test_the_rate_rises_over_200_steps_or_a_tenth_of_the_schedule_and_falls_to_zero():
-    schedule = loop.Schedule(None, 1e-2, None, 30, 0.999)
-    fall = [0.5 * (1 + math.cos(math.pi * p)) for p in (0.0, 0.0495, 0.5)]
-    rates = [schedule.rate(taken, 2000) for taken in (0, 99, 1000)]
-    assert rates == pytest.approx([1e-2 / 200, 1e-2 * fall[1] / 2, 1e-2 * fall[2]])
-    assert schedule.rate(0, 50) == pytest.approx(1e-2 / 5)
-    assert schedule.rate(2000, 2000) == pytest.approx(0.0)
-
-
-def test_a_limit_of_time_ends_the_run_and_says_so(monkeypatch):
-    ticks = itertools.count()
-    monkeypatch.setattr("pyro_interpolant._package.now", lambda: 0.01 * next(ticks))
-    result = quick(tiny(), torch.randn(200, 2), steps=1000, max_seconds=0.4)
-    assert 5 < result.steps[-1] <= 40
-    assert (result.stopped_early, result.stopped_by) == (True, "time")
-
-
-@pytest.mark.parametrize("tick", [1e-6, 1e-2])
-def test_the_clock_changes_nothing_of_a_run_without_a_limit(tick, monkeypatch):
-    flows = [tiny(), tiny()]
-    expected = quick(flows[0], X, steps=30, seed=0)
-    ticks = itertools.count()
-    monkeypatch.setattr("pyro_interpolant._package.now", lambda: tick * next(ticks))
-    found = quick(flows[1], X, steps=30, seed=0)
-    assert equal(weights_of(flows[0]), weights_of(flows[1]))
-    assert found._replace(seconds=0.0, report=None) == expected._replace(seconds=0.0, report=None)
 
 
 @pytest.mark.slow
@@ -377,10 +325,9 @@ def test_weights_are_frozen_afterwards_and_trained_all_the_same(frozen):
     assert all(p.grad is not None for p in distribution.transform.parameters())
 
 
-@pytest.mark.parametrize("part", ["shifts", "embedding"])
-def test_weights_frozen_beside_others_stay_as_they_are(part):
+def test_weights_frozen_beside_others_stay_as_they_are():
     network = VelocityMLP(2, (8,))
-    fixed = getattr(network, part).requires_grad_(requires_grad=False)
+    fixed = network.embedding.requires_grad_(requires_grad=False)
     before = {name: p.clone() for name, p in network.named_parameters()}
     flow = from_samples(torch.randn(200, 2), network=network, steps=20, seed=0, progress=False)
     assert not any(p.requires_grad for p in flow.transform.parameters())
@@ -389,7 +336,7 @@ def test_weights_frozen_beside_others_stay_as_they_are(part):
         for name, p in flow.transform.velocity.named_parameters()
         if not torch.equal(p, before[name])
     }
-    assert moved == before.keys() - {f"{part}.{name}" for name, _ in fixed.named_parameters()}
+    assert moved == before.keys() - {f"embedding.{name}" for name, _ in fixed.named_parameters()}
 
 
 def test_an_error_leaves_no_network_of_the_noise_that_has_learned_nothing(monkeypatch):
@@ -525,15 +472,6 @@ def test_looks_see_the_network_as_it_is_used():
     assert not velocity.drop.training
 
 
-def test_a_run_without_one_good_step_is_an_error_too():
-    distribution = InterpolantDistribution(InterpolantTransform(Poisoned(0)))
-    before = weights_of(distribution)
-    with pytest.raises(RuntimeError, match="not finite"):
-        quick(distribution, torch.randn(100, 2), steps=5)
-    after = weights_of(distribution)
-    assert torch.equal(before[LAST_LAYER], after[LAST_LAYER])
-
-
 def test_a_single_bad_step_is_skipped():
     class Once(Poisoned):
         def forward(self, t, x, context=None):
@@ -546,200 +484,62 @@ def test_a_single_bad_step_is_skipped():
     assert torch.isfinite(distribution.log_prob(torch.randn(3, 2))).all()
 
 
-def with_bad_row(value):
-    x = torch.randn(100, 2)
-    x[[3, 50]] = value
-    return x
-
-
-def constant():
-    x = torch.randn(100, 2)
-    x[:, 1] = 4.0
-    return x
-
-
-def dependent():
-    x = torch.randn(100, 2)
-    x[:, 1] = 2 * x[:, 0] - 1
-    return x
-
-
-X, C = torch.randn(100, 2, dtype=torch.float64), torch.randn(100, 1, dtype=torch.float64)
+NAN = X.masked_fill(PLACES[:, None] == 3, math.nan)
+TEXT = np.array([["f", "m"]])
 POSITIVE = {"support": constraints.positive}
 BAD = {
-    "nan": (tiny, lambda: with_bad_row(math.nan), {}, ValueError, "in 2 of 100 .* row 3"),
-    "inf": (tiny, lambda: with_bad_row(math.inf), {}, ValueError, "in 2 of 100 .* row 3"),
-    "constant": (tiny, constant, {}, ValueError, r"constant columns \[1\]"),
-    "dependent": (tiny, dependent, {}, ValueError, "linearly independent columns"),
-    "few rows": (tiny, lambda: X[:2], {}, ValueError, "1 rows of 2, not counting those held"),
-    "no rows": (tiny, lambda: X[:0], {}, ValueError, "expected rows of data, got none"),
-    "integer": (tiny, lambda: torch.ones(50, 2).long(), {}, TypeError, "floating type"),
-    "complex": (tiny, lambda: X * 1j, {}, TypeError, "floating type"),
-    "bool": (tiny, lambda: X > 0, {}, TypeError, "floating type"),
-    "columns": (tiny, lambda: torch.randn(50, 3), {}, ValueError, r"\(N, 2\), got \(50, 3\)"),
-    "scalars": (lambda: tiny(1), lambda: X[:, 0], {}, ValueError, r"pass shape \(N, 1\)"),
-    "support": (
-        lambda: tiny(**POSITIVE),
-        lambda: X,
-        {},
-        ValueError,
-        "strictly inside the support",
-    ),
-    "edge": (lambda: tiny(**POSITIVE), lambda: X.clamp(min=0), {}, ValueError, "on its edge"),
-    "named": (tiny, lambda: {"a": X}, {}, TypeError, "only a JointInterpolantDistribution"),
-    "no context": (tiny_conditional, lambda: X, {}, ValueError, r"context of shape \(100, C\)"),
-    "superfluous context": (tiny, lambda: X, {"context": C}, ValueError, "expected no context"),
-    "short context": (
-        tiny_conditional,
-        lambda: X,
-        {"context": C[:60]},
-        ValueError,
-        "as many contexts as rows of data, 100, got 60",
-    ),
-    "wide context": (
-        tiny_conditional,
-        lambda: X,
-        {"context": torch.randn(100, 3)},
-        ValueError,
-        r"context of shape \(N, 1\), got \(100, 3\)",
-    ),
+    "nan": (tiny, NAN, {}, ValueError, "in 1 of 100 .* row 3"),
+    "constant": (tiny, X * torch.tensor([1.0, 0.0]), {}, ValueError, r"constant columns \[1\]"),
+    "few rows": (tiny, X[:2], {}, ValueError, "1 rows of 2, not counting those held"),
+    "no rows": (tiny, X[:0], {}, ValueError, "expected rows of data, got none"),
+    "integers": (tiny, X.long(), {}, TypeError, r"int64.*\.float\(\).*dequantize"),
+    "few bits": (tiny, X.half(), {}, TypeError, "of too few bits to train"),
+    "text": (tiny, TEXT, {}, TypeError, r"numbers, got an array of <U1.*numpy\.unique"),
+    "columns": (tiny, torch.cat((X, C), -1), {}, ValueError, r"\(N, 2\), got \(100, 3\)"),
+    "scalars": (lambda: tiny(1), X[:, 0], {}, ValueError, r"pass shape \(N, 1\)"),
+    "support": (lambda: tiny(**POSITIVE), X, {}, ValueError, "strictly inside the support"),
+    "edge": (lambda: tiny(**POSITIVE), X.clamp(min=0), {}, ValueError, "on its edge"),
+    "named": (tiny, {"a": X}, {}, TypeError, "only a JointInterpolantDistribution"),
+    "no context": (tiny_conditional, X, {}, ValueError, r"context of shape \(100, C\)"),
+    "a context": (tiny, X, {"context": C}, ValueError, "expected no context"),
+    "short context": (tiny_conditional, X, {"context": C[:60]}, ValueError, "data, 100, got 60"),
+    "wide context": (tiny_conditional, X, {"context": X}, ValueError, r"\(N, 1\), got \(100, 2\)"),
     "nan context": (
         tiny_conditional,
-        lambda: X,
-        {"context": C * math.nan},
+        X,
+        {"context": C / 0},
         ValueError,
-        "finite context, got NaN or infinite values in 100 of 100",
+        "finite context, got NaN",
     ),
-    "context beyond the type": (
-        lambda: tiny_conditional().to(torch.float32),
-        lambda: X,
-        {"context": C * 1e40},
-        ValueError,
-        r"context within the range of the flow's type torch\.float32, up to 3\.4e\+38.*100 rows",
-    ),
-    "batch": (tiny, lambda: X, {"batch_size": 101}, ValueError, "batch_size between 1 and the 90"),
-    "batch 0": (tiny, lambda: X, {"batch_size": 0}, ValueError, "batch_size between 1"),
-    "weights without a sum": (
-        tiny,
-        lambda: X,
-        {"weights": torch.full((100,), 1e307, dtype=torch.float64)},
-        ValueError,
-        r"weights with a finite sum, got some up to 1e\+307",
-    ),
-    "nan held out": (
-        tiny,
-        lambda: X,
-        {"validation": X[:9] * math.nan},
-        ValueError,
-        "expected finite validation, got NaN or infinite values in 9 of 9 rows",
-    ),
-    "batches held out": (
-        tiny,
-        lambda: X,
-        {"validation": [X[:9], X[9:19], X[19:24]]},
-        TypeError,
-        "expected validation to be a tensor or an array, got list",
-    ),
-    "text for weights": (
-        tiny,
-        lambda: X,
-        {"weights": "one each"},
-        TypeError,
-        "expected weights to be a tensor or an array, got str",
-    ),
-    "text for rows": (
-        tiny,
-        lambda: "rows",
-        {"weights": X[:, 0] > 0},
-        TypeError,
-        "expected (data|rows) to be a tensor or an array, got str",
-    ),
-    "steps": (tiny, lambda: X, {"steps": 0}, ValueError, "steps >= 1, a whole number, got 0"),
-    "seconds": (tiny, lambda: X, {"max_seconds": -1.0}, ValueError, "max_seconds > 0, got -1.0"),
-    "rate": (tiny, lambda: X, {"learning_rate": 0.0}, ValueError, "learning_rate > 0"),
-    "endless rate": (
-        tiny,
-        lambda: X,
-        {"learning_rate": math.inf},
-        ValueError,
-        "a finite learning_rate > 0, got inf",
-    ),
-    "decay": (tiny, lambda: X, {"weight_decay": -1.0}, ValueError, "weight_decay >= 0, got -1.0"),
-    "validation": (
-        tiny,
-        lambda: X,
-        {"validation": 1.0},
-        ValueError,
-        "between 0 and 1, or rows, got 1.0",
-    ),
-    "no validation": (tiny, lambda: X, {"validation": 0.0}, ValueError, "between 0 and 1"),
-    "patience": (tiny, lambda: X, {"patience": 0}, ValueError, "patience >= 1"),
-    "ema": (tiny, lambda: X, {"ema": 1.0}, ValueError, r"ema in \[0, 1\)"),
-    "learn": (tiny, lambda: X, {"learn": "noises"}, ValueError, "learn='noise', got 'noises'"),
+    "batch": (tiny, X, {"batch_size": 101}, ValueError, "batch_size between 1 and the 90"),
+    "few weights": (tiny, X, {"weights": C[:60, 0]}, ValueError, "non-negative weights"),
+    "bad weights": (tiny, X, {"weights": -C[:, 0]}, ValueError, "non-negative weights"),
+    "nan held out": (tiny, X, {"validation": NAN}, ValueError, "finite validation.* 1 of 100"),
+    "all held out": (tiny, X, {"validation": 1.0}, ValueError, "between 0 and 1, or rows, got 1"),
+    "none held out": (tiny, X, {"validation": None}, ValueError, "between 0 and 1, or rows, got"),
+    "parts": (tiny, X, {"validation": (X, C, C)}, ValueError, r"\(rows, contexts\), got 3 parts"),
+    "both": (tiny, X, {"validation": X, "pairs": X}, ValueError, "a share for validation beside"),
+    "steps": (tiny, X, {"steps": "5"}, ValueError, "steps >= 1, a .*got '5'"),
+    "seconds": (tiny, X, {"max_seconds": -1.0}, ValueError, "max_seconds > 0, got -1.0"),
+    "rate": (tiny, X, {"learning_rate": math.inf}, ValueError, "a finite learning_rate > 0, got"),
+    "decay": (tiny, X, {"weight_decay": -1.0}, ValueError, "weight_decay >= 0, got -1.0"),
+    "patience": (tiny, X, {"patience": 0}, ValueError, "patience >= 1"),
+    "average": (tiny, X, {"ema": 1.0}, ValueError, r"ema in \[0, 1\)"),
+    "tolerance": (tiny, X, {"tolerance": 0.0}, ValueError, "positive tolerance|tolerance >"),
+    "aim": (tiny, X, {"learn": "noises"}, ValueError, "learn='noise', got 'noises'"),
     "coupling": (
         tiny,
-        lambda: X,
+        X,
         {"coupling": "optimal_transport"},
         TypeError,
-        "expected coupling to be a function, not its name, got .optimal_transport.",
+        "a function, not its name",
     ),
-    "few partners": (
-        tiny,
-        lambda: X,
-        {"coupling": lambda x0, x1, context=None: x0[:3]},
-        ValueError,
-        r"a partner of each row, shape \(\d+, 2\), got \(3, 2\): return",
-    ),
-    "seed": (tiny, lambda: X, {"seed": 2**70}, ValueError, "a seed that is whole, from"),
-    "part of a seed": (tiny, lambda: X, {"seed": 1.5}, ValueError, "a seed that is whole.*1.5"),
-    "no rate": (tiny, lambda: X, {"learning_rate": None}, ValueError, "rate > 0, got None"),
-    "no patience": (tiny, lambda: X, {"patience": None}, ValueError, "patience >= 1, got None"),
-    "no ema": (tiny, lambda: X, {"ema": None}, ValueError, r"ema in \[0, 1\), got None"),
-    "no tolerance": (tiny, lambda: X, {"tolerance": None}, ValueError, "tolerance > 0, got None"),
-    "text for steps": (tiny, lambda: X, {"steps": "5"}, ValueError, "steps >= 1, a .*got '5'"),
-    "checkpoints": (
-        tiny,
-        lambda: X,
-        {"checkpoint_every": 2.5},
-        ValueError,
-        "checkpoint_every >= 1, a whole number, got 2.5",
-    ),
-    "nothing held out": (tiny, lambda: X, {"validation": ()}, ValueError, "got 0 parts"),
-    "weights held out": (
-        tiny_conditional,
-        lambda: X,
-        {"context": C, "validation": (X, C, X[:, 0])},
-        ValueError,
-        r"rows or \(rows, contexts\), got 3 parts",
-    ),
-    "pairs and coupling": (
-        tiny,
-        lambda: X,
-        {"pairs": X, "coupling": optimal_transport},
-        ValueError,
-        "expected pairs or a coupling, got both",
-    ),
-    "no weights": (
-        lambda: InterpolantDistribution(InterpolantTransform(Still(), 2)),
-        lambda: X,
-        {},
-        ValueError,
-        "expected a network with weights to train, got Still, which has none",
-    ),
-    "a start from contexts": (
-        lambda: tiny_conditional(interpolant=SineMirror()),
-        lambda: X,
-        {"context": C},
-        ValueError,
-        "expected base_samples or a base for a conditional flow with a Mirror",
-    ),
-    "tolerance": (
-        tiny,
-        lambda: X,
-        {"tolerance": 0.0},
-        ValueError,
-        "positive tolerance|tolerance >",
-    ),
+    "partners": (tiny, X, {"coupling": lambda x0, x1, c: x0[:3]}, ValueError, "a partner of each"),
+    "coupled": (tiny, X, {"pairs": X, "coupling": optimal_transport}, ValueError, "got both"),
+    "seed": (tiny, X, {"seed": 1.5}, ValueError, "a seed that is whole.*1.5"),
+    "callback": (tiny, X, {"callback": 3}, TypeError, "expected callback to be a function"),
+    "no network": (still, X, {}, ValueError, "a network with weights to train, got Still"),
+    "of a time": (lambda: tiny().at(0.5), X, {}, ValueError, "fit the distribution it came from"),
 }
 
 
@@ -749,45 +549,13 @@ def test_bad_input_is_refused_before_any_work(name):
     distribution, told = make(), []
     before = weights_of(distribution)
     with pytest.raises(kind, match=f"(?s){message}"):
-        quick(distribution, data(), callback=told.append, **options)
+        quick(distribution, data, **{"callback": told.append, **options})
     assert equal(weights_of(distribution), before)
     assert not told
 
 
-def test_a_callback_that_is_none_is_refused_before_any_step():
-    distribution = tiny()
-    before = weights_of(distribution)
-    with pytest.raises(TypeError, match="expected callback to be a function"):
-        quick(distribution, X, callback=3)
-    assert equal(weights_of(distribution), before)
-
-
-@pytest.mark.parametrize(
-    "view", slow_but(["at", "condition", "expand", "other"], "at", "condition", "other")
-)
-def test_only_a_flow_that_owns_its_weights_is_trained(view):
-    if view == "expand":  # an expanded distribution is the same flow
-        quick(tiny().expand((3,)), torch.randn(100, 2))
-        return
-    target, kind = {
-        "at": (tiny().at(0.5), ValueError),
-        "condition": (tiny_conditional().condition(torch.zeros(1)), ValueError),
-        "other": (dist.Normal(0.0, 1.0), TypeError),
-    }[view]
-    with pytest.raises(kind, match="fit the distribution it came from|got Normal"):
-        quick(target, torch.randn(100, 2))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_types_of_few_bits_are_refused(dtype):
-    for data in (X.to(dtype), [X.to(dtype)]):
-        with pytest.raises(TypeError, match=f"got {dtype}, of too few bits to train"):
-            quick(tiny().to(dtype), data)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("coupling", [independent, optimal_transport])
-def test_every_coupling_trains(coupling, monkeypatch):
+def test_a_coupling_trains_on_batches_alone(monkeypatch):
     monkeypatch.undo()  # as many held-out rows as there ever are
     distribution, calls = tiny(), []
 
@@ -795,7 +563,7 @@ def test_every_coupling_trains(coupling, monkeypatch):
         # An exact assignment costs the cube of the rows: a held-out set must not be one batch.
         assert len(x1) <= 1024, f"{len(x1)} rows were coupled at once, batch_size is 64"
         calls.append((x0.shape, x1.shape, context))
-        return coupling(x0, x1, context)
+        return optimal_transport(x0, x1, context)
 
     result = quick(
         distribution,
@@ -844,35 +612,13 @@ def test_a_coupling_sees_the_network_of_its_step():
     assert len(set(seen[-19:])) == 19
 
 
-@pytest.mark.slow
-def test_named_draws_that_need_gradients_are_taken_as_numbers(monkeypatch):
-    from pyro_interpolant.training import building
-
-    rows = []
-    choose = building._with_map
-
-    def with_map(space, x, *args, **options):
-        rows.append(x)
-        return choose(space, x, *args, **options)
-
-    monkeypatch.setattr(building, "_with_map", with_map)
-    draws = {"a": torch.randn(50, requires_grad=True), "b": torch.randn(50, 1)}
-    from_samples(draws, steps=1, progress=False, seed=0)
-    assert not rows[0].requires_grad
-
-
-@pytest.mark.slow
-def test_numpy_and_float32_rows_train_a_float64_flow():
-    for x in (torch.randn(100, 2).numpy(), torch.randn(100, 2, dtype=torch.float32)):
+def test_rows_of_another_type_train_a_flow_in_its_own():
+    for x in (X.numpy(), X.float()):
         distribution = tiny()
-        quick(distribution, x)
+        quick(distribution, x, steps=3)
         assert distribution.transform.flow.loc.dtype == torch.float64
-
-
-@pytest.mark.slow
-def test_float64_rows_with_a_large_offset_train_a_float32_flow():
     distribution = InterpolantDistribution(interpolant_transform(2, (16, 16)).float())
-    quick(distribution, 1e5 + torch.randn(200, 2))
+    quick(distribution, 1e5 + X)
     assert distribution.sample((5,)).dtype == torch.float32
 
 
@@ -927,15 +673,6 @@ def test_why_a_run_stopped_is_said_beside_the_bar(capsys):
     assert "fit stopped early at step 1" in captured.err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("progress", [True, False])
-def test_the_bar_is_shown_or_nothing_is(progress, capfd):
-    quick(tiny(), torch.randn(100, 2), progress=progress)
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    assert ("fit" in captured.err) == progress
-
-
 def test_no_stale_density_after_fit():
     distribution, x = tiny(), torch.randn(5, 2)
     before = distribution.log_prob(x)
@@ -943,15 +680,14 @@ def test_no_stale_density_after_fit():
     assert (distribution.log_prob(x) - before).abs().min() > 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_from_samples_gives_a_frozen_flow_in_the_type_of_the_samples(dtype):
+def test_from_samples_gives_a_frozen_flow_in_the_type_of_the_samples():
     told = []
     options = {"steps": 5, "progress": False, "seed": 0, "callback": told.append}
-    distribution = from_samples(torch.randn(100, 2, dtype=dtype), **options)
+    distribution = from_samples(X.float(), **options)
     assert type(distribution) is InterpolantDistribution
     assert told[-1].step == 5
     assert not any(p.requires_grad for p in distribution.transform.parameters())
-    assert distribution.sample((3,)).dtype == dtype
+    assert distribution.sample((3,)).dtype == torch.float32
     assert distribution.event_shape == (2,)
 
 
@@ -959,7 +695,6 @@ def test_from_samples_gives_a_frozen_flow_in_the_type_of_the_samples(dtype):
 @pytest.mark.parametrize(
     ("support", "event"),
     [
-        (constraints.positive, (2,)),
         (constraints.interval(0.0, 20.0), (2,)),
         (constraints.simplex, (3,)),
         (constraints.corr_cholesky, (3, 3)),
@@ -993,27 +728,6 @@ def test_from_samples_of_named_draws():
     }
     assert (sites["scale"] > 0).all()
     torch.testing.assert_close(sites["share"].sum(-1), torch.ones(7))
-
-
-@pytest.mark.parametrize(
-    ("x", "support", "kind", "message"),
-    [
-        (torch.ones(9, 2).long(), constraints.real_vector, TypeError, "floating type"),
-        (torch.ones(9, 2), {"a": constraints.real}, TypeError, "got a dictionary"),
-        (torch.ones(9, 2), constraints.sphere, ValueError, "Sphere|sphere"),
-        (torch.ones(9, 2), "positive", TypeError, "a constraint such as"),
-        ({"a": torch.ones(9).long()}, {}, TypeError, "site 'a' of a floating type"),
-        ({"a": torch.randn(9)}, {"b": constraints.real}, ValueError, r"\['b'\]"),
-        ({"a": torch.randn(9), "b": torch.randn(8)}, {}, ValueError, "as many draws of every"),
-        ({"a": -torch.rand(9)}, {"a": constraints.positive}, ValueError, "site 'a'.*strictly"),
-        ({"a": torch.randn(9) * math.nan}, {}, ValueError, "site 'a', got NaN .* 9 of 9"),
-        ({}, {}, ValueError, "expected named draws"),
-    ],
-    ids=lambda v: None,
-)
-def test_from_samples_refuses(x, support, kind, message):
-    with pytest.raises(kind, match=f"(?s){message}"):
-        from_samples(x, support=support, steps=5, progress=False)
 
 
 # ---- far from the data --------------------------------------------------------------------------
@@ -1052,48 +766,17 @@ def curved(count, dim):
 RADII = torch.tensor([3.0, 10.0, 30.0, 100.0, 300.0, 1000.0])
 
 
-@pytest.fixture(scope="module")
-def wild_flows():
-    """Flows by data and dimension, each trained once."""
-    flows = {}
-
-    def flow(make, dim):
-        if (make, dim) not in flows:
-            data = make(2000, dim).float()
-            flows[make, dim] = (
-                data,
-                from_samples(
-                    data,
-                    steps=150,
-                    batch_size=256,
-                    learning_rate=5e-3,
-                    validation=0.02,
-                    seed=0,
-                    progress=False,
-                    tolerance=0.5,
-                ),
-            )
-        return flows[make, dim]
-
-    return flow
-
-
-WILD = pytest.mark.parametrize(
-    ("make", "dim"),
-    [
-        (make, dim)
-        for make in (student, modes, far_mode, lognormal, singular, curved)
-        for dim in (2, 10)
-    ],
-)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:no grid up to:UserWarning")
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")  # a far mode flattens the other
-@WILD
-def test_far_from_the_data_densities_fall_and_gradients_are_finite(make, dim, wild_flows):
-    data, distribution = wild_flows(make, dim)
+@pytest.mark.parametrize(
+    ("make", "dim"),
+    [(student, 2), (modes, 10), (far_mode, 2), (lognormal, 10), (singular, 2), (curved, 10)],
+)
+def test_of_wild_data_densities_fall_far_away_and_gradients_and_samples_are_finite(make, dim):
+    data, options = make(2000, dim).float(), {"seed": 0, "progress": False, "tolerance": 0.5}
+    rates = {"steps": 150, "batch_size": 256, "learning_rate": 5e-3, "validation": 0.02}
+    distribution = from_samples(data, **options, **rates)
     axes = torch.cat((torch.eye(dim), -torch.eye(dim)))
     directions = torch.cat((axes, torch.nn.functional.normalize(torch.randn(24, dim), dim=-1)))
     rays = (RADII[:, None, None] * directions).float()
@@ -1104,21 +787,12 @@ def test_far_from_the_data_densities_fall_and_gradients_are_finite(make, dim, wi
     assert falls.all(), f"rising at {(~falls).nonzero().tolist()}"
     gradient = torch.autograd.grad(value.sum(), x)[0]
     assert torch.isfinite(gradient).all()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:no grid up to:UserWarning")
-@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # a far mode flattens the other
-@WILD
-def test_samples_of_wild_data_are_finite_and_have_densities(make, dim, wild_flows):
-    data, distribution = wild_flows(make, dim)
-    distribution = copy.deepcopy(distribution)
     distribution.transform.solver = FixedGrid(steps=min(distribution.transform.solver.steps, 24))
-    x = distribution.sample((20_000,))
-    assert torch.isfinite(x).all()
-    assert torch.isfinite(distribution.log_prob(x[:500])).all()
+    y = distribution.sample((5000,))
+    assert torch.isfinite(y).all()
+    assert torch.isfinite(distribution.log_prob(y[:500])).all()
     extent = (data - data.mean(0)).abs().amax(0)
-    assert ((x - data.mean(0)).abs() < 20 * extent).all()
+    assert ((y - data.mean(0)).abs() < 20 * extent).all()
 
 
 def test_a_refused_fit_leaves_a_flow_as_it_was():
@@ -1153,7 +827,7 @@ def test_a_refused_coupling_leaves_the_base_and_what_is_known_of_weights():
     assert torch.equal(flow.loc, torch.zeros(2))
 
 
-@pytest.mark.parametrize("stop", [True, np.bool_(True), torch.tensor(True)])  # noqa: FBT003
+@pytest.mark.parametrize("stop", [True, np.bool_(True)])  # noqa: FBT003
 def test_a_callback_says_stop_in_any_library(stop):
     result = quick(tiny(), torch.randn(60, 2), callback=lambda state: stop)
     assert (result.stopped_by, result.steps) == ("callback", [1])
