@@ -27,10 +27,16 @@ def name(path):
     return path.stem if path.parent == ROOT else str(path.relative_to(DOCS).with_suffix(""))
 
 
-RUN = [README] + [
-    path
-    for path in PAGES
-    if path.parent.name in ("how-to", "coming-from") and next(blocks(path), None)
+FOR_A_RELEASE = ("how-to/images", "how-to/numpyro", "coming-from/numpyro")  # ten seconds each
+RUN = [
+    pytest.param(
+        path,
+        id=name(path),
+        marks=pytest.mark.release if name(path) in FOR_A_RELEASE else pytest.mark.slow,
+    )
+    for path in (README, *PAGES)
+    if path == README
+    or (path.parent.name in ("how-to", "coming-from") and next(blocks(path), None))
 ]
 
 
@@ -54,7 +60,6 @@ def _counted_time(monkeypatch):
             monkeypatch.setattr(module, "time", counting)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs", "_counted_time")
 @pytest.mark.filterwarnings("ignore:Poor:UserWarning")
 @pytest.mark.filterwarnings("ignore:no time was left:UserWarning")
@@ -62,7 +67,7 @@ def _counted_time(monkeypatch):
 @pytest.mark.filterwarnings("ignore:the time was over before samples:UserWarning")
 @pytest.mark.filterwarnings("ignore:num_chains=2 is more than available_cpu=1:UserWarning")
 @pytest.mark.filterwarnings("ignore:Stochastic Optimizer. Maximum iterations:UserWarning")
-@pytest.mark.parametrize("path", RUN, ids=map(name, RUN))
+@pytest.mark.parametrize("path", RUN)
 def test_the_blocks_of_a_page_run(path, tmp_path, monkeypatch):
     """As a reader would run them: in order, in one namespace."""
     if path.stem == "numpyro":
