@@ -181,9 +181,7 @@ def test_refusals():
         UNet((1, 8), (8,))
     with pytest.raises(ValueError, match=r"attention as levels among them.*attention=\(2,\)"):
         UNet((1, 8, 8), (8, 8), (2,))
-    with pytest.raises(
-        TypeError, match=r"channels, a tuple of whole numbers, got 8"
-    ):
+    with pytest.raises(TypeError, match=r"channels, a tuple of whole numbers, got 8"):
         UNet((1, 8, 8), 8)
 
 

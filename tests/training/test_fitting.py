@@ -268,6 +268,34 @@ def test_where_a_density_fails_the_loss_chooses_and_later_failures_are_no_best(m
     assert failing(3).best_step <= result.steps[2]
 
 
+def test_the_rate_rises_over_200_steps_or_a_tenth_of_the_schedule_and_falls_to_zero():
+    schedule = loop.Schedule(None, 1e-2, None, 30, 0.999)
+    fall = [0.5 * (1 + math.cos(math.pi * p)) for p in (0.0, 0.0495, 0.5)]
+    rates = [schedule.rate(taken, 2000) for taken in (0, 99, 1000)]
+    assert rates == pytest.approx([1e-2 / 200, 1e-2 * fall[1] / 2, 1e-2 * fall[2]])
+    assert schedule.rate(0, 50) == pytest.approx(1e-2 / 5)
+    assert schedule.rate(2000, 2000) == pytest.approx(0.0)
+
+
+def test_a_limit_of_time_ends_the_run_and_says_so(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr("pyro_interpolant._package.now", lambda: 0.01 * next(ticks))
+    result = quick(tiny(), torch.randn(200, 2), steps=1000, max_seconds=0.4)
+    assert 5 < result.steps[-1] <= 40
+    assert (result.stopped_early, result.stopped_by) == (True, "time")
+
+
+@pytest.mark.parametrize("tick", [1e-6, 1e-2])
+def test_the_clock_changes_nothing_of_a_run_without_a_limit(tick, monkeypatch):
+    flows = [tiny(), tiny()]
+    expected = quick(flows[0], X, steps=30, seed=0)
+    ticks = itertools.count()
+    monkeypatch.setattr("pyro_interpolant._package.now", lambda: tick * next(ticks))
+    found = quick(flows[1], X, steps=30, seed=0)
+    assert equal(weights_of(flows[0]), weights_of(flows[1]))
+    assert found._replace(seconds=0.0, report=None) == expected._replace(seconds=0.0, report=None)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("_small_runs")
 def test_looks_are_a_share_of_the_way_apart_and_then_of_the_schedule():

@@ -211,7 +211,7 @@ def test_the_error_of_weighted_rows_is_that_of_their_mean():
         torch.manual_seed(seed)
         rows = Rows(torch.randn(200, 1), None, None, (2 * torch.randn(200)).exp())
         split = Split(rows, rows, 200.0, 10, 200.0)
-        report = HeldOutDensity(d, split).measured(Report(1, 200, 1.0, 1, 1), math.inf)
+        report = HeldOutDensity(d, split).measured(Report(1, 200, 1.0, 1, 1))
         found.append(
             (report.held_out + 0.5 * math.log(2 * math.pi * math.e), report.held_out_stderr)
         )
@@ -223,9 +223,7 @@ def test_copies_of_a_row_make_its_mean_no_surer():
     d = InterpolantDistribution(interpolant_transform(1, (8,))).freeze()
     x = torch.randn(50, 1)
     found = [
-        HeldOutDensity(d, Split(rows, rows, 50.0, 10, 50.0)).measured(
-            Report(1, 50, 1.0, 1, 1), math.inf
-        )
+        HeldOutDensity(d, Split(rows, rows, 50.0, 10, 50.0)).measured(Report(1, 50, 1.0, 1, 1))
         for rows in (Rows(x, None), Rows(x.repeat_interleave(4, 0), None))
     ]
     for name in ("held_out", "held_out_stderr"):
@@ -239,19 +237,9 @@ def test_copies_are_known_among_all_rows_where_few_are_held_out():
     for copies in (1, 20):
         split = Table(d, x.repeat_interleave(copies, 0), 0.1).split(Process(None), None)
         split = split._replace(held=Rows(x[:15].repeat_interleave(copies, 0), None))
-        report = HeldOutDensity(d, split).measured(Report(1, 1, 1.0, 1, 1), math.inf)
+        report = HeldOutDensity(d, split).measured(Report(1, 1, 1.0, 1, 1))
         found.append(report.held_out_stderr)
     assert found[1] == pytest.approx(found[0])
-
-
-def test_rows_that_come_in_an_order_are_measured_evenly_where_time_is_short():
-    """The first of them would have the lowest values, or all of one group."""
-    d = InterpolantDistribution(interpolant_transform(1, (8,))).freeze()
-    rows = Rows(torch.randn(2000, 1).sort(dim=0).values, None)
-    density = HeldOutDensity(d, Split(rows, rows, 2000.0, 10, 2000.0))
-    short, long = (density.measured(Report(1, 1, 1.0, 1, 1), t) for t in (-math.inf, math.inf))
-    assert short.held_out != long.held_out
-    assert short.held_out == pytest.approx(long.held_out, abs=0.1)
 
 
 def test_the_gaussian_and_its_mean_are_by_weight():
@@ -261,7 +249,7 @@ def test_the_gaussian_and_its_mean_are_by_weight():
     weight = torch.tensor([1.0, 1e-12]).repeat_interleave(400)
     rows = Rows(torch.cat((x, x + 50)), None, None, weight)
     split = Split(rows, rows, 400.0, 10, 400.0)
-    report = HeldOutDensity(d, split).measured(Report(1, 400, 1.0, 1, 1), math.inf)
+    report = HeldOutDensity(d, split).measured(Report(1, 400, 1.0, 1, 1))
     normal = dist.Normal(x.mean(), x.std(correction=0))
     assert report.reference == pytest.approx(float(normal.log_prob(x).mean()))
     assert report.held_out == pytest.approx(float(d.log_prob(x).mean()))
@@ -339,10 +327,10 @@ def test_rows_without_a_density_are_told_of():
     rows = Rows(torch.tensor([[0.5, 0.5], [0.5, 2.0], [-3.0, 0.0], [4.0, 4.0]]), None)
     density = HeldOutDensity(d, Split(rows, rows, 4.0, 10, 4.0))
     with pytest.warns(UserWarning, match=r"a share of 0.75 of the rows .*zero: .*beyond the b"):
-        report = density.measured(Report(2, 4, 1.0, 1, 1), math.inf)
+        report = density.measured(Report(2, 4, 1.0, 1, 1))
     assert report.held_out is None
     rows = Rows(rows.w[:1].expand(4, 2), None)
-    report = HeldOutDensity(d, Split(rows, rows, 4.0, 10, 4.0)).measured(report, math.inf)
+    report = HeldOutDensity(d, Split(rows, rows, 4.0, 10, 4.0)).measured(report)
     assert report.held_out == pytest.approx(-math.log(4.0))
 
 
