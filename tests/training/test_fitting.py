@@ -287,7 +287,8 @@ def test_a_limit_of_time_ends_the_run_and_says_so(monkeypatch):
 
 @pytest.mark.parametrize("tick", [1e-6, 1e-2])
 def test_the_clock_changes_nothing_of_a_run_without_a_limit(tick, monkeypatch):
-    flows = [tiny(), tiny()]
+    first = tiny()
+    flows = [first, copy.deepcopy(first)]
     expected = quick(flows[0], X, steps=30, seed=0)
     ticks = itertools.count()
     monkeypatch.setattr("pyro_interpolant._package.now", lambda: tick * next(ticks))
