@@ -150,7 +150,6 @@ def test_samples_follow_the_density_and_a_wrong_density_is_seen(name):
 # ------------------------------------------------------------------------------------------ errors
 
 PAIR = [constraints.positive, constraints.real]
-THREE = [constraints.positive, constraints.positive, constraints.unit_interval]
 BOUNDS = constraints.interval(torch.zeros(3), torch.ones(3))
 REFUSED = {
     "sphere": (constraints.sphere, ValueError, "expected a support .*got Sphere"),
