@@ -226,15 +226,6 @@ SUPPORTS = {
     ),
 }
 
-NO_SUPPORTS = {
-    "integer": constraints.integer,
-    "nonnegative_integer": constraints.nonnegative_integer,
-    "boolean": constraints.boolean,
-    "sphere": constraints.sphere,
-    "independent_matrix": constraints.independent(constraints.positive, 2),
-    "dependent": constraints.dependent,
-}
-
 BASES = {
     "default": lambda dim: None,
     "laplace": lambda dim: dist.Laplace(torch.full((dim,), 0.5), torch.ones(dim)).to_event(1),

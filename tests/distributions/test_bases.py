@@ -178,17 +178,6 @@ def test_latent_interpolants_train_and_learn_their_noise(tmp_path):
     assert torch.equal(again(t, w), distribution.transform.flow.noise(t, w))
 
 
-class Own(nn.Module):
-    event_dim = 2
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 2))
-
-    def forward(self, t, x, context=None):
-        return self.net(torch.cat((x, t[..., None]), -1))
-
-
 @pytest.mark.parametrize(
     ("paired", "message"),
     [
@@ -197,7 +186,7 @@ class Own(nn.Module):
     ],
 )
 def test_the_noise_is_that_of_the_paths_of_the_velocity(paired, message):
-    d = pi.InterpolantDistribution(pi.InterpolantTransform(Own(), interpolant=pi.Latent()))
+    d = pi.InterpolantDistribution(pi.interpolant_transform(2, (8, 8), interpolant=pi.Latent()))
     d.transform.flow.independent = not paired  # as fit leaves it
     couplings = {True: pi.optimal_transport, False: pi.independent}
     options = {**QUICK, "steps": 1, "learn": "noise"}
@@ -205,7 +194,7 @@ def test_the_noise_is_that_of_the_paths_of_the_velocity(paired, message):
         pi.fit(d, torch.randn(80, 2), coupling=couplings[not paired], **options)
     assert d.transform.flow.noise is None
     pi.fit(d, torch.randn(80, 2), coupling=couplings[paired], **options)
-    assert isinstance(d.transform.flow.noise, pi.VelocityMLP)
+    assert d.transform.flow.noise is not None
 
 
 @pytest.mark.slow
@@ -236,7 +225,8 @@ def test_a_mirror_starts_from_the_data_of_its_last_fit(tmp_path):
     d = pi.InterpolantDistribution(pi.interpolant_transform(2, (8, 8), interpolant=pi.Mirror()))
     pi.fit(d, x, **quick)
     pi.save(d, tmp_path / "flow.safetensors")
-    for one in (d, pi.load(tmp_path / "flow.safetensors")):
+    again = pi.load(tmp_path / "flow.safetensors")
+    for one in (d, again):
         pi.fit(one, y, **quick)
         assert torch.equal(sorted_rows(one.base.rows), sorted_rows(y))
     for options in ({"learn": "noise"}, {"whiten": False}):
@@ -401,16 +391,6 @@ def test_a_base_of_points_or_without_volume_has_no_density(name):
         flow.log_prob(x)
 
 
-@pytest.mark.filterwarnings("ignore:the fit came out wrong")
-def test_without_a_density_of_the_base_the_loss_judges():
-    flow = pi.InterpolantDistribution(
-        pi.interpolant_transform(2, (8,)), WITHOUT_DENSITY["counts"]()
-    )
-    report = pi.fit(flow, torch.randn(200, 2), **{**QUICK, "steps": 3}).report
-    assert (report.held_out, report.log_prob_error) == (None, None)
-    assert flow.sample((4,)).shape == (4, 2)
-
-
 def test_bases_that_are_made_of_others_have_their_density():
     """Columns of either kind; and an image of a simplex that is all real vectors."""
     logits = dist.transforms.StickBreakingTransform().inv
@@ -462,11 +442,6 @@ BOUNDED = {  # a base, and between which numbers it has a density
     ),
     "below": (lambda: image(EXP, AFFINE(1.0, -2.0)).to_event(1), -math.inf, 1.0),
     "composed": (lambda: image(LOGIT).expand((3, 2)).to_event(1), -1.0, 1.0),
-    "composed for vectors": (
-        lambda: image(dist.transforms.IndependentTransform(LOGIT, 1)),
-        -1.0,
-        1.0,
-    ),
     "nested": (
         lambda: dist.TransformedDistribution(
             image(EXP).to_event(1), [AFFINE(1.0, 2.0, event_dim=1)]
@@ -507,37 +482,16 @@ def test_a_move_to_where_it_is_already_leaves_a_base_to_be_trained():
         torch.testing.assert_close(d.log_prob(x), base.log_prob(x.clone()))
 
 
-def test_a_conversion_leaves_a_flow_that_others_start_from():
-    prior = pi.InterpolantDistribution(random_flow(2))
-    one, other = (pi.InterpolantDistribution(random_flow(2), prior).freeze() for _ in range(2))
-    x = torch.randn(3, 2)
-    own, others = one.log_prob(x), other.log_prob(x)
-    assert one.to(torch.get_default_dtype()).base is prior
-    one.to(torch.float32)
-    torch.testing.assert_close(one.log_prob(x.float()), own.float(), rtol=1e-4, atol=1e-4)
-    other.clear_cache()
-    torch.testing.assert_close(other.log_prob(x), others)
-    assert other.base is prior
-
-
-TRANSFORMED = {
-    "log-normal": lambda zero: dist.LogNormal(zero, zero + 1.0).to_event(1),
-    "inverse": lambda zero: dist.TransformedDistribution(
-        dist.LogNormal(zero, zero + 1.0), [dist.transforms.ExpTransform().inv]
-    ).to_event(1),
-}
-
-
-@pytest.mark.parametrize("name", TRANSFORMED)
-def test_a_transformed_base_whose_density_was_asked_for_is_converted(name):
+def test_a_transformed_base_whose_density_was_asked_for_is_converted():
     zero = torch.zeros(2)
-    flow = pi.InterpolantDistribution(random_flow(2), TRANSFORMED[name](zero))
+    base = dist.LogNormal(zero, zero + 1.0).to_event(1)
+    flow = pi.InterpolantDistribution(random_flow(2), base)
     x = flow.sample((5,)).clone()
     own = flow.log_prob(x)  # torch remembers inverses of a base's transforms from here on
     log_prob = flow.to(torch.float32).log_prob(x.float())
     assert log_prob.dtype == torch.float32
     torch.testing.assert_close(log_prob, own.float(), rtol=1e-3, atol=1e-3)
-    given = TRANSFORMED[name](zero.float())
+    given = dist.LogNormal(zero.float(), zero.float() + 1.0).to_event(1)
     assert torch.equal(flow.base.log_prob(x.float().abs()), given.log_prob(x.float().abs()))
 
 

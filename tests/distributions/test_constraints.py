@@ -147,20 +147,9 @@ def test_samples_follow_the_density_and_a_wrong_density_is_seen(name):
     assert max(map(abs, reciprocal_importance(name, 0.2))) > 4
 
 
-def test_real_supports_are_one_and_the_same():
-    transform, x = random_flow(2), torch.randn(3, 2)
-    for support in (constraints.real, constraints.independent(constraints.real, 1)):
-        d = InterpolantDistribution(transform, support=support)
-        assert d.transforms == [transform]
-        assert torch.equal(d.log_prob(x), InterpolantDistribution(transform).log_prob(x))
-        assert d.unconstrained(x) is x
-        assert d.support.event_dim == 1
-
-
 # ------------------------------------------------------------------------------------------ errors
 
 PAIR = [constraints.positive, constraints.real]
-THREE = [constraints.positive, constraints.positive, constraints.unit_interval]
 BOUNDS = constraints.interval(torch.zeros(3), torch.ones(3))
 REFUSED = {
     "sphere": (constraints.sphere, ValueError, "expected a support .*got Sphere"),

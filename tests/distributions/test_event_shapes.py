@@ -1,6 +1,5 @@
 """Events of more than one dimension: a reshape at the edge."""
 
-import pyro
 import pytest
 import torch
 from cases import random_flow
@@ -49,19 +48,6 @@ def test_shapes_of_supports_with_parts_and_bounds():
         pi.InterpolantDistribution(
             flow(3), support=constraints.greater_than(low.reshape(shape)), event_shape=shape
         )
-
-
-def test_in_models():
-    shaped = pi.InterpolantDistribution(flow(), event_shape=(2, 3))
-
-    def model():
-        with pyro.plate("objects", 4):
-            return pyro.sample("z", shaped)
-
-    assert model().shape == (4, 2, 3)
-    trace = pyro.poutine.trace(pi.base_space(model)).get_trace()
-    assert trace.nodes["z"]["value"].shape == (4, 2, 3)
-    assert trace.nodes["z_base"]["value"].shape == (4, 6)
 
 
 @pytest.mark.usefixtures("_small_runs")

@@ -3,10 +3,6 @@
 That a run with another choice is not resumed is tested in training/test_checkpoint.py.
 """
 
-import os
-import subprocess
-import sys
-
 import pyro.distributions as dist
 import pytest
 import torch
@@ -77,30 +73,3 @@ def test_what_does_not_count():
     base.log_prob(base.sample((3,)))
     base.transform.eval().register_forward_hook(print)
     assert fingerprint(base) == before
-
-
-IN_A_PROCESS = """
-import torch
-import pyro.distributions as dist
-from pyro_interpolant import independent
-from pyro_interpolant.distributions.fingerprint import fingerprint
-
-scale = torch.ones(2)
-print(fingerprint(
-    {"a", "b", "c"}, lambda x: scale * x if x in {"d", "e", "f"} else x, independent, object(),
-    dist.Normal(0.0, scale), torch.sin, torch.Generator(),
-))
-"""
-
-
-@pytest.mark.slow
-def test_a_fingerprint_is_the_same_in_another_process():
-    found = set()
-    for seed in "12":
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        command = [sys.executable, "-c", IN_A_PROCESS]
-        run = subprocess.run(
-            command, check=True, capture_output=True, env=environment, timeout=900
-        )
-        found.add(run.stdout)
-    assert len(found) == 1

@@ -227,22 +227,7 @@ def test_from_samples(dtype):
     assert ((drawn.std(0) / sd - 1).abs() < 0.3).all()
 
 
-def test_fit_takes_named_draws_and_lists():
-    d = joint("vector", "scales")
-    draws = draws_of("vector", "scales", rows=100)
-    draws = {name: value.tolist() for name, value in draws.items()}
-    pi.fit(d, draws, steps=2, progress=False, seed=0)
-    expected = d.pack({name: torch.tensor(value) for name, value in draws.items()})
-    assert ((d.transform.flow.loc - expected.mean(0)).abs() < 0.5).all()
-
-
 # ------------------------------------------------------------------------------------------ errors
-
-ONES = torch.ones(50, 3)
-TWO = constraints.greater_than(torch.zeros(2))
-
-
-SIZE = r"site 'scales' of shape \(\*, 2\), got "
 
 ONES = torch.ones(50, 3)
 REFUSED = {  # named draws, supports, and the message

@@ -201,7 +201,12 @@ def rows_of_members():
 
 
 ROWS = [
-    pytest.param(*row, id=f"{row[0]}-{'-'.join(row[1].values())}") for row in rows_of_members()
+    pytest.param(
+        *row,
+        id=f"{row[0]}-{'-'.join(row[1].values())}",
+        marks=pytest.mark.slow if COARSE.keys() & row[1].values() else (),
+    )
+    for row in rows_of_members()
 ]
 
 

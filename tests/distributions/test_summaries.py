@@ -8,7 +8,7 @@ import torch
 from cases import SUPPORTS, random_flow
 from kinds import angular_flow
 from pyro.distributions import constraints
-from torch.distributions import AffineTransform, ExpTransform, biject_to
+from torch.distributions import ExpTransform, biject_to
 
 import pyro_interpolant as pi
 from pyro_interpolant.distributions import summaries
@@ -204,18 +204,6 @@ def test_a_base_without_gradients_of_draws_gives_none_rather_than_a_part(monkeyp
     assert torch.autograd.grad(d.entropy(), scale, allow_unused=True)[0] is None
 
 
-def test_angles_have_an_entropy_and_no_mean(monkeypatch):
-    monkeypatch.setattr(summaries, "_DRAWS", 64)
-    d = pi.InterpolantDistribution(angular_flow(), pi.UniformTorus(2), support=pi.circular)
-    assert d.entropy() < 2 * math.log(2 * math.pi)
-    for name in ("mean", "variance"):
-        with pytest.raises(NotImplementedError, match="where the circle is cut"):
-            getattr(d, name)
-    *of_values, entropy, error = d.moments()
-    assert bool(torch.stack(of_values).isnan().all())
-    assert bool(torch.stack((entropy, error)).isfinite().all())
-
-
 def test_the_cdf_of_a_normal_is_the_closed_form():
     d = normal(1)
     x = torch.linspace(-20, 20, 41)[:, None]
@@ -294,10 +282,6 @@ def test_the_ends_of_the_support():
         d.icdf(torch.tensor(-0.1))
     with pytest.raises(ValueError, match=r"broadcasts with \(2,\), .* got \(3,\)"):
         d.expand((2,)).icdf(torch.tensor([0.1, 0.5, 0.9]))
-    with pytest.raises(
-        TypeError, match="expected probabilities to be a tensor or an array, got None"
-    ):
-        d.icdf(None)
     with pytest.raises(ValueError, match="within the support"):
         scalar(constraints.positive).cdf(torch.tensor(-1.0))
 
@@ -305,12 +289,6 @@ def test_the_ends_of_the_support():
 BOUNDED = {  # a base, and the ends of its support
     "uniform": (lambda: dist.Uniform(torch.tensor([-1.0]), 1.0).to_event(1), (-1.0, 1.0)),
     "exponential": (lambda: dist.Exponential(torch.ones(1)).to_event(1), (0.0, math.inf)),
-    "below one": (
-        lambda: dist.TransformedDistribution(
-            dist.Normal(torch.zeros(1), 1.0), [ExpTransform(), AffineTransform(1.0, -2.0)]
-        ).to_event(1),
-        (-math.inf, 1.0),
-    ),
     "a flow": (
         lambda: pi.InterpolantDistribution(random_flow(1), support=constraints.less_than(2.0)),
         (-math.inf, 2.0),
@@ -320,7 +298,7 @@ BOUNDED = {  # a base, and the ends of its support
 
 @pytest.mark.parametrize(
     ("name", "turns"),
-    [("uniform", True), ("exponential", False), ("below one", True), ("a flow", False)],
+    [("uniform", True), ("exponential", False), ("a flow", False)],
 )
 def test_quantiles_of_a_bounded_base_end_at_the_images_of_its_ends(name, turns):
     base, ends = BOUNDED[name][0](), torch.tensor(BOUNDED[name][1])[:, None]
@@ -429,22 +407,10 @@ def test_parts_of_a_mixture_have_bounds_of_their_own():
     close(d.cdf(x), torch.tensor([0.0, 0.125, 0.5, 0.875, 1]), rtol=0, atol=1e-6)
 
 
-WITHOUT_QUANTILES = {
-    "of two": (normal, "cdf is that of one real number"),
-    "of an angle": (
-        lambda: pi.InterpolantDistribution(angular_flow(1), support=pi.circular),
-        "cdf is that of one real number",
-    ),
-    "no cdf": (
-        lambda: normal(1, base=dist.StudentT(3.0).expand((1,)).to_event(1)),
-        "the base, StudentT, has no cdf in torch",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WITHOUT_QUANTILES)
-def test_flows_without_quantiles_are_told(name):
-    make, message = WITHOUT_QUANTILES[name]
-    d = make()
-    with pytest.raises(NotImplementedError, match=message):
-        d.cdf(torch.zeros(d.event_shape))
+def test_flows_without_quantiles_are_told():
+    student = normal(1, base=dist.StudentT(3.0).expand((1,)).to_event(1))
+    with pytest.raises(NotImplementedError, match="the base, StudentT, has no cdf in torch"):
+        student.cdf(torch.zeros(1))
+    angle = pi.InterpolantDistribution(angular_flow(1), support=pi.circular)
+    with pytest.raises(NotImplementedError, match="cdf is that of one real number"):
+        angle.cdf(torch.zeros(1))

@@ -89,16 +89,3 @@ def test_flow_coordinates_and_unconstrained_ones_differ_by_the_map():
     plain = flow.without_support()
     change = flow.transforms[-1].log_abs_det_jacobian(flow.to_flow(y), y)
     torch.testing.assert_close(flow.log_prob(y), plain.log_prob(flow.to_flow(y)) - change)
-
-
-def test_bounds_of_a_finer_type_than_the_flow():
-    low = torch.zeros(2, dtype=torch.float64)
-    flow = random_flow(2).float()
-    prior = InterpolantDistribution(flow, support=constraints.interval(low, low + 1)).freeze()
-    x = prior.sample((5,))
-    assert x.dtype == torch.float32
-    same = InterpolantDistribution(
-        flow, support=constraints.interval(low.float(), low.float() + 1)
-    ).freeze()
-    assert torch.allclose(prior.log_prob(x), same.log_prob(x))
-    assert prior.to_flow(x).dtype == torch.float32
