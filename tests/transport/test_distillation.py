@@ -277,13 +277,14 @@ def test_the_density_under_a_student_is_the_models_own():
     assert torch.allclose(trace.log_prob_sum(), expected)
     sites = base.samples({"scale_shared_latent": w[None]})
     assert torch.allclose(sites["x"][0], z[1:])
+    brief = {**QUICK, "count": 100, "steps": 1}
     with pytest.raises(ValueError, match=r"event shape \(3,\)"):
-        pi.neutra(guide, student=pi.distill(random_prior(2), **QUICK).distribution)
+        pi.neutra(guide, student=pi.distill(random_prior(2), **brief).distribution)
     inside = random_prior(3, support=constraints.positive)
     with pytest.raises(ValueError, match="real vector"):
-        pi.neutra(guide, student=pi.distill(inside, **QUICK).distribution)
+        pi.neutra(guide, student=pi.distill(inside, **brief).distribution)
     with pytest.raises(TypeError, match="got DistillResult"):
-        pi.neutra(guide, student=pi.distill(inside, **QUICK))
+        pi.neutra(guide, student=pi.distill(inside, **brief))
 
 
 def test_a_student_behind_a_map_of_columns_takes_the_guides_place():
