@@ -102,19 +102,6 @@ def test_one_probe_is_unbiased_and_independent_between_images(matrix):
 
 
 @pytest.mark.slow
-def test_pieces_and_the_generator_of_others_change_nothing(matrix, monkeypatch):
-    images, v = gaussian_images(matrix), levels(7)
-    state = torch.get_rng_state()
-    one = bits_per_dim(images, v, LEVELS)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert bits_per_dim(images, v.numpy(), LEVELS) == one
-    assert bits_per_dim(images, v, LEVELS, seed=1) != one
-    monkeypatch.setattr("pyro_interpolant.nn.velocity._ROWS_AT_ONCE", 4)
-    pieces = bits_per_dim(images, v, LEVELS, probes=16, dequantizations=8)
-    assert pieces.mean == pytest.approx(float(exact_bits(v, matrix).mean()), abs=1e-2)
-
-
-@pytest.mark.slow
 def test_a_grid_that_is_too_coarse_is_refined(matrix):
     v = levels(10)
     images = gaussian_images(4 * matrix, solver=pi.FixedGrid(1))

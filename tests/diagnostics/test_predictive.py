@@ -17,7 +17,6 @@ from pyro_interpolant import (
     FixedGrid,
     InterpolantDistribution,
     Samples,
-    VelocityMLP,
     interpolant_transform,
 )
 from pyro_interpolant.diagnostics import coverage, pit, sbc, tarp
@@ -150,15 +149,6 @@ def test_the_pit_of_scalars_is_their_cdf():
     torch.testing.assert_close(pit(d, x).values[:, 0], dist.Normal(1.0, 2.0).cdf(x))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("check", [pit, coverage, tarp])
-def test_without_a_context_rows_share_draws(check):
-    d = InterpolantDistribution(random_flow(2, (8, 8), solver=COARSE)).freeze()
-    x = d.sample((600,))
-    assert check(d, x).verdict.startswith("calibrated")
-    assert check(d, x * torch.tensor([1.0, 2.0])).verdict.startswith("not calibrated")
-
-
 def test_named_parameters_are_named():
     flow = random_flow(2, (8, 8), context_dim=2, solver=COARSE)
     sites = {"loc": ((), constraints.real), "scale": ((), constraints.positive)}
@@ -208,15 +198,6 @@ def test_refusals():
     for check in (pit, coverage, tarp):
         with pytest.raises(TypeError, match=r"draws of the sites \['a', 'sd'\] by name"):
             check(joint, x)
-
-
-def test_labels_are_contexts():
-    velocity = VelocityMLP(1, (8,), classes=3)
-    d = ConditionalInterpolantDistribution(ConditionalInterpolantTransform(velocity)).freeze()
-    x, labels = torch.randn(12, 1), torch.arange(12) % 3
-    expected = pit(d, x, labels).values
-    assert expected.shape == coverage(d, x, labels).values.shape == (12, 1)
-    assert torch.equal(pit(d, x, labels[:, None]).values, expected)
 
 
 @pytest.mark.parametrize(("check", "draws"), [(pit, 1), (tarp, 1), (tarp, 100)])
@@ -287,20 +268,6 @@ def test_contexts_of_a_frame_are_taken_by_name():
         assert torch.equal(check(d, x, frame[["dose", "age"]], draws=5).values, expected), check
     with pytest.raises(ValueError, match=r"context with the columns \['age', 'dose'\].*'z'\]"):
         pit(d, x, frame.rename(columns={"dose": "z"}))
-
-
-@pytest.mark.slow
-def test_a_frame_of_named_sites_is_taken_by_name_and_on_the_support():
-    sites = {"mu": ((), constraints.real), "sigma": ((2,), constraints.positive)}
-    joint = JointInterpolantDistribution(random_flow(3, (8, 8), solver=COARSE), sites=sites)
-    draws = joint.freeze().sample_dict((300,))
-    sigma = draws["sigma"].numpy()
-    frame = pandas.DataFrame({"sigma[1]": sigma[:, 1], "mu": draws["mu"], "sigma[0]": sigma[:, 0]})
-    expected = pit(joint, draws)
-    assert torch.equal(pit(joint, frame).values, expected.values)
-    assert torch.equal(pit(joint, frame[["mu", "sigma[0]", "sigma[1]"]]).values, expected.values)
-    with pytest.raises(ValueError, match=r"x with the columns \['mu', 'sigma\[0\]'.*got \['mu'\]"):
-        pit(joint, frame[["mu"]])
 
 
 @pytest.mark.slow

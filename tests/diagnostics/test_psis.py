@@ -6,12 +6,7 @@ import pytest
 import torch
 from kinds import KINDS
 
-from pyro_interpolant import (
-    Adaptive,
-    FixedGrid,
-    InterpolantDistribution,
-    interpolant_transform,
-)
+import pyro_interpolant as pi
 from pyro_interpolant.diagnostics.psis import (
     K_HAT_LIMIT,
     change_of_mean,
@@ -64,22 +59,6 @@ def test_smoothing_leaves_a_tail_of_pareto_as_it_is():
     assert float((change - change[0]).abs().max()) < 0.1
 
 
-@pytest.mark.slow
-def test_smoothing_lowers_the_error_of_a_heavy_estimate():
-    x = torch.distributions.Exponential(1.0).sample((100, 1000))
-    errors = []
-    for row in x:
-        raw = 0.6 * row
-        smooth = pareto_smooth(raw).log_weights
-        share = smooth - (raw - raw.logsumexp(0))
-        body = raw.argsort()[:500]
-        plain = float(raw.logsumexp(0)) - math.log(1000)
-        errors.append((plain, plain - float(share[body].mean())))
-    plain, smooth = torch.tensor(errors).exp().T
-    truth = 1 / 0.4
-    assert float((smooth - truth).square().mean()) < float((plain - truth).square().mean())
-
-
 def test_weights_without_a_tail_to_judge():
     raw = torch.cat((torch.randn(200), torch.full((50,), -math.inf)))
     smoothed = pareto_smooth(raw)
@@ -110,38 +89,28 @@ def test_the_effective_sample_size_in_closed_form():
     assert effective_sample_size(torch.tensor([0.0, -math.inf])) == pytest.approx(1.0)
 
 
-def test_one_summary_of_weights():
-    raw = torch.randn(500)
-    summary = summarise_weights(raw)
-    assert summary.k_hat == pareto_smooth(raw).k_hat
-    assert summary.ess == effective_sample_size(raw)
-    total, error = log_total(raw)
-    assert summary[2:] == (float(total) - math.log(500), float(error))
-    assert summarise_weights(torch.full((9,), -math.inf)) == (math.inf, 0.0, -math.inf, math.inf)
-
-
 def test_the_largest_weights_are_computed_again_at_doubled_steps():
-    transform = interpolant_transform(2, (8, 8))
+    transform = pi.interpolant_transform(2, (8, 8))
     with torch.no_grad():
         transform.velocity.output.weight.normal_(std=2.0)
-    transform.solver = FixedGrid(3, "euler")
-    flow = InterpolantDistribution(transform).freeze()
+    transform.solver = pi.FixedGrid(3, "euler")
+    flow = pi.InterpolantDistribution(transform).freeze()
     x, log_q = flow.rsample_and_log_prob((50,))
     log_p = torch.linspace(-1, 1, 50)
     new, change = recompute_largest(flow, x, log_p, log_q, 7)
     largest = (log_p - log_q).topk(7).indices
-    assert transform.solver == FixedGrid(3, "euler")
-    transform.solver = FixedGrid(6, "euler")
+    assert transform.solver == pi.FixedGrid(3, "euler")
+    transform.solver = pi.FixedGrid(6, "euler")
     torch.testing.assert_close(new[largest], flow.log_prob(x)[largest])
     assert int((new != log_q).sum()) == 7
     assert change == pytest.approx(float((new - log_q)[largest].abs().mean()))
     unknown = log_p.clone()
     unknown[:9] = math.nan  # of draws without a target, which have no weight
-    transform.solver = FixedGrid(3, "euler")
+    transform.solver = pi.FixedGrid(3, "euler")
     new, _ = recompute_largest(flow, x, unknown, log_q, 7)
     largest = 9 + (log_p - log_q)[9:].topk(7).indices
     assert (new != log_q).nonzero().flatten().tolist() == sorted(largest.tolist())
-    transform.solver = Adaptive()
+    transform.solver = pi.Adaptive()
     same, change = recompute_largest(flow, x, log_p, log_q, 7)
     assert same is log_q
     assert change == 0.0
@@ -175,14 +144,14 @@ def test_every_draw_is_weighed_once():
 def test_the_error_of_the_evidence_counts_that_of_the_solver():
     """Of a target of mass 1 the log-evidence is 0, but a coarse solver's density is not exact."""
     torch.manual_seed(1)
-    transform = interpolant_transform(2, (8, 8))
+    transform = pi.interpolant_transform(2, (8, 8))
     with torch.no_grad():
         transform.velocity.output.weight.normal_(std=0.9)
-    flow = InterpolantDistribution(transform).freeze()
+    flow = pi.InterpolantDistribution(transform).freeze()
     target = dist.Normal(torch.zeros(2), 0.9).to_event(1)
     found = {}
     for steps in (2, 32):
-        transform.solver = FixedGrid(steps)
+        transform.solver = pi.FixedGrid(steps)
         drawn = weighted_draws(flow, target.log_prob, 20_000)
         found[steps] = *drawn.summary()[2:], float(log_total(drawn.log_weights)[1])
     value, stderr, chance = found[2]
@@ -190,17 +159,17 @@ def test_the_error_of_the_evidence_counts_that_of_the_solver():
     value, stderr, chance = found[32]
     assert abs(value) < 3 * stderr
     assert stderr == pytest.approx(chance, rel=0.01)
-    transform.solver = Adaptive()
+    transform.solver = pi.Adaptive()
     assert solver_error_of_mean(flow, target.log_prob, 20) == 0.0
 
 
 @pytest.mark.parametrize("kind", ["joint, gaussianized", "laplace, positive", "halfway"])
 def test_what_is_computed_again_is_the_density_of_the_whole_distribution(kind):
     flow = KINDS[kind]().freeze()
-    flow.transform.solver = FixedGrid(3, "euler")
+    flow.transform.solver = pi.FixedGrid(3, "euler")
     x, log_q = flow.rsample_and_log_prob((20,))
     new, _ = recompute_largest(flow, x, torch.zeros(20), log_q, 20)
-    flow.transform.solver = FixedGrid(6, "euler")
+    flow.transform.solver = pi.FixedGrid(6, "euler")
     torch.testing.assert_close(new, flow.log_prob(x))
 
 
@@ -210,6 +179,7 @@ def test_the_mean_weight_and_its_error():
     deviation = math.sqrt(2 / 4) / 2  # relative
     assert stderr == pytest.approx(deviation / math.sqrt(4))
     assert summarise_weights(torch.zeros(9))[3] == pytest.approx(0.0, abs=1e-7)
+    assert summarise_weights(torch.full((9,), -math.inf)) == (math.inf, 0.0, -math.inf, math.inf)
 
 
 def test_the_error_of_the_evidence_counts_the_rounding_of_densities():

@@ -68,15 +68,6 @@ def test_copies_are_in_one_fold_and_what_is_equal_by_chance_is_not(monkeypatch, 
 
 
 @pytest.mark.slow
-def test_one_fold_is_a_fifth_of_the_draws():
-    x, y = torch.randn(400, 1), torch.randn(400, 1) + 5
-    found = c2st(x, y, folds=1)
-    assert found.accuracy > 0.95
-    assert found.stderr == pytest.approx(0.5 / 160**0.5)
-    assert "of 160 draws" in found.verdict
-
-
-@pytest.mark.slow
 def test_sets_that_differ_only_in_how_columns_depend_are_told_apart():
     """The best classifier of N(0, I) and N(0, C), C of correlation 0.9, is right for 0.75.
 

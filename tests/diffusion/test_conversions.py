@@ -5,21 +5,11 @@ import torch
 from cases import INTERPOLANTS, LATENT
 from oracles import PairVelocity, random_mixture
 
-from pyro_interpolant import (
-    EncodingDecoding,
-    Interpolant,
-    Latent,
-    Linear,
-    Mirror,
-    NonlinearInterpolant,
-    SineSquared,
-    Trigonometric,
-    VariancePreserving,
-)
+import pyro_interpolant as pi
 from pyro_interpolant.diffusion import convert
 
 
-class Slow(Interpolant):
+class Slow(pi.Interpolant):
     """A path whose data enter with no slope: the score at t = 0 is a limit."""
 
     def coefficients(self, t):
@@ -29,9 +19,9 @@ class Slow(Interpolant):
 MEMBERS = {
     **INTERPOLANTS,
     **LATENT,
-    "variance-preserving": VariancePreserving(lambda t: t**2 * (3 - 2 * t)),
+    "variance-preserving": pi.VariancePreserving(lambda t: t**2 * (3 - 2 * t)),
     "slow": Slow(),
-    "mirror": Mirror(SineSquared(0.7)),
+    "mirror": pi.Mirror(pi.SineSquared(0.7)),
 }
 TIMES = (0.05, 0.3, 0.5, 0.62, 0.8, 0.97)
 
@@ -118,10 +108,10 @@ def test_the_slopes_are_those_that_the_loss_took_where_they_blow_up():
 
 def test_denoiser_and_noise_give_what_they_determine_at_the_ends():
     x, d = torch.randn(2, 5, 3)
-    found = convert(Linear(), 0.0, x, denoiser=d)
+    found = convert(pi.Linear(), 0.0, x, denoiser=d)
     assert close(found.score, -x)
     assert close(found.velocity, d - x)
-    assert torch.equal(convert(Linear(), 1.0, x, noise=d).denoiser, x)
+    assert torch.equal(convert(pi.Linear(), 1.0, x, noise=d).denoiser, x)
 
 
 ZEROS = torch.zeros(4, 2, dtype=torch.float64)
@@ -129,33 +119,37 @@ ZEROS = torch.zeros(4, 2, dtype=torch.float64)
 
 def test_refusals():
     with pytest.raises(ValueError, match=r"got t = 1:.*at\(t\)\.score"):
-        _ = convert(Linear(), torch.tensor([0.2, 1.0, 1.0, 0.1]), ZEROS, velocity=ZEROS).score
+        _ = convert(pi.Linear(), torch.tensor([0.2, 1.0, 1.0, 0.1]), ZEROS, velocity=ZEROS).score
     with pytest.raises(ValueError, match="got t = 0.5:"):
-        _ = convert(Mirror(), 0.5, ZEROS, velocity=ZEROS).score
+        _ = convert(pi.Mirror(), 0.5, ZEROS, velocity=ZEROS).score
     with pytest.raises(ValueError, match="the denoiser determines the score, got t = 1"):
-        _ = convert(Trigonometric(), 1.0, ZEROS, denoiser=ZEROS).score
+        _ = convert(pi.Trigonometric(), 1.0, ZEROS, denoiser=ZEROS).score
     with pytest.raises(ValueError, match="there is noise, got t = 1"):
-        _ = convert(Linear(), 1.0, ZEROS, noise=ZEROS).velocity
+        _ = convert(pi.Linear(), 1.0, ZEROS, noise=ZEROS).velocity
     with pytest.raises(ValueError, match="depends on the data, got t = 0"):
-        _ = convert(Linear(), 0.0, ZEROS, score=ZEROS).velocity
+        _ = convert(pi.Linear(), 0.0, ZEROS, score=ZEROS).velocity
     with pytest.raises(ValueError, match="determines the denoiser, got t = 0.3"):
-        _ = convert(EncodingDecoding(), 0.3, ZEROS, velocity=ZEROS).denoiser
+        _ = convert(pi.EncodingDecoding(), 0.3, ZEROS, velocity=ZEROS).denoiser
     with pytest.raises(ValueError, match="expected one of .*, got velocity and noise"):
-        convert(Linear(), 0.5, ZEROS, velocity=ZEROS, noise=ZEROS)
+        convert(pi.Linear(), 0.5, ZEROS, velocity=ZEROS, noise=ZEROS)
     with pytest.raises(ValueError, match=r"times in \[0, 1\], got 1.5"):
-        convert(Linear(), 1.5, ZEROS, velocity=ZEROS)
+        convert(pi.Linear(), 1.5, ZEROS, velocity=ZEROS)
     with pytest.raises(ValueError, match=r"a velocity of as many columns as states of shape"):
-        convert(Linear(), 0.5, ZEROS, velocity=ZEROS[:, :1])
+        convert(pi.Linear(), 0.5, ZEROS, velocity=ZEROS[:, :1])
     with pytest.raises(ValueError, match="expected a linear interpolant, got NonlinearInterp"):
-        convert(NonlinearInterpolant(lambda t, a, b: a), 0.5, ZEROS, velocity=ZEROS)
+        convert(pi.NonlinearInterpolant(lambda t, a, b: a), 0.5, ZEROS, velocity=ZEROS)
 
 
 @pytest.mark.parametrize("t", [0.9, 0.9999, 1.0])
 def test_the_denoiser_follows_the_velocity_to_the_end_in_single_precision(t):
     x, velocity = torch.tensor([[0.5], [3.0]], dtype=torch.float32)[:, None]
-    found = convert(Linear(), t, x, velocity=velocity).denoiser
+    found = convert(pi.Linear(), t, x, velocity=velocity).denoiser
     assert float(found) == pytest.approx(0.5 + (1 - t) * 3, rel=1e-6)
-    for member in (EncodingDecoding(), Latent(Linear(), SineSquared(0.8)), Trigonometric()):
+    for member in (
+        pi.EncodingDecoding(),
+        pi.Latent(pi.Linear(), pi.SineSquared(0.8)),
+        pi.Trigonometric(),
+    ):
         exact = convert(member, t, x.double(), velocity=velocity.double()).denoiser
         found = convert(member, t, x, velocity=velocity).denoiser
         torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0)
@@ -165,7 +159,7 @@ def test_the_denoiser_follows_the_velocity_to_the_end_in_single_precision(t):
 def test_a_score_in_single_precision_is_right_or_refused(t):
     """Of data N(0.7, 4) on the encoding-decoding path, whose velocity is known."""
     at, x = torch.tensor(t, dtype=torch.float64), torch.tensor([[-1.0], [0.5], [2.0]]).double()
-    path = EncodingDecoding()
+    path = pi.EncodingDecoding()
     (a, b, g), (da, db, dg) = path.coefficients(at), path.derivatives(at)
     variance = a**2 + g**2 + 4 * b**2
     score = -(x - 0.7 * b) / variance
@@ -178,7 +172,7 @@ def test_a_score_in_single_precision_is_right_or_refused(t):
         torch.testing.assert_close(found.double(), score, rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize("path", [Linear(), EncodingDecoding()])
+@pytest.mark.parametrize("path", [pi.Linear(), pi.EncodingDecoding()])
 def test_the_denoiser_in_single_precision_gives_what_it_determines(path):
     truth = random_mixture(3, path)
     scores = 0

@@ -121,27 +121,6 @@ def test_values_are_on_the_support():
     assert_normal(draws.log(), *prior.posterior(y))
 
 
-@pytest.mark.slow
-def test_shares_of_distant_modes_are_the_least_accurate():
-    """Of 83% and 17% it makes about 69% and 31%: as long as a state may go to either, a Gaussian
-    stands for both. Within a mode, means are off by a fifth of a deviation."""
-    means, cov, noise = torch.tensor([[-1.5, 0.0], [1.5, 0.0]]), 0.2 * torch.eye(2), 0.6
-    velocity = MixtureVelocity(torch.ones(2), means, cov.expand(2, 2, 2), pi.Trigonometric())
-    flow, y = pi.InterpolantDistribution(pi.InterpolantTransform(velocity)), torch.tensor(0.4)
-    draws = approximate_posterior(
-        flow, lambda x: dist.Normal(x.sum(-1), noise).log_prob(y), (1000,), steps=25
-    )
-    spread = (2 * 0.2 + noise**2) ** 0.5
-    exact = dist.Normal(means.sum(-1), spread).log_prob(y).softmax(0)[1]
-    assert float(exact) == pytest.approx(0.83, abs=0.005)
-    right = draws[draws[:, 0] > 0]
-    assert len(right) / 1000 == pytest.approx(0.69, abs=0.06)
-    gain = 0.2 / spread**2  # of a Gaussian, given the sum of its two coordinates
-    deviation = (0.2 * (1 - gain)) ** 0.5
-    off = right.mean(0) - means[1] - gain * (0.4 - 1.5)
-    assert off.abs().max() < 0.3 * deviation
-
-
 def random_flow_distribution(**kwargs):
     flow = random_flow(2, **kwargs)
     flow.flow.whitening.set(LOC[:2], LINEAR[:2, :2])
@@ -161,14 +140,6 @@ def test_images_and_their_labels(name):
     )
     assert draws.shape == (3, 2, *IMAGE_SHAPE)
     assert (draws - y).abs().max() < 0.1
-
-
-def test_float32_and_inference_mode():
-    flow = random_flow_distribution().to(torch.float32)
-    with torch.inference_mode():
-        draws = approximate_posterior(flow, lambda x: -x.square().sum(-1), (5,), steps=3)
-    assert draws.dtype == torch.float32
-    assert not draws.requires_grad
 
 
 def with_noise():

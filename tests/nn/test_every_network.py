@@ -5,23 +5,14 @@ import torch
 from cases import FLOWS, NETWORKS
 from torch import nn
 
-from pyro_interpolant import (
-    ConditionalInterpolantDistribution,
-    ConditionalInterpolantTransform,
-    FixedGrid,
-    InterpolantDistribution,
-    InterpolantTransform,
-    fit,
-    load,
-    save,
-)
+import pyro_interpolant as pi
 
 
 @pytest.mark.usefixtures("_nodes_stay")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_its_flow_has_an_inverse_and_the_density_of_its_jacobian(name):
-    transform = FLOWS[name](2, solver=FixedGrid(steps=32))
-    distribution = InterpolantDistribution(transform)
+    transform = FLOWS[name](2, solver=pi.FixedGrid(steps=32))
+    distribution = pi.InterpolantDistribution(transform)
     w = torch.randn(2)
     y = transform(w)
     torch.testing.assert_close(transform._inverse(y.clone()), w, rtol=0, atol=1e-6)
@@ -47,9 +38,9 @@ def test_it_sees_its_context_and_treats_rows_apart(name):
 
 @pytest.mark.parametrize("name", ["three", "own"])
 def test_a_file_keeps_its_weights(name, tmp_path):
-    distribution, x = InterpolantDistribution(FLOWS[name](2)), torch.randn(5, 2)
-    save(distribution, tmp_path / "flow.safetensors")
-    again = load(tmp_path / "flow.safetensors", velocity=NETWORKS[name](2, 0))
+    distribution, x = pi.InterpolantDistribution(FLOWS[name](2)), torch.randn(5, 2)
+    pi.save(distribution, tmp_path / "flow.safetensors")
+    again = pi.load(tmp_path / "flow.safetensors", velocity=NETWORKS[name](2, 0))
     assert torch.equal(again.log_prob(x), distribution.log_prob(x))
 
 
@@ -66,11 +57,13 @@ def test_it_can_be_trained(name, context_dim):
     x[:, 1] += x[:, 0] ** 2
     options = {"steps": 30, "seed": 0, "progress": False, "tolerance": 0.1}
     if context_dim:
-        transform = ConditionalInterpolantTransform(velocity)
-        distribution = ConditionalInterpolantDistribution(transform)
-        result = fit(distribution, x, context=torch.rand(300, 1), **options)
+        transform = pi.ConditionalInterpolantTransform(velocity)
+        distribution = pi.ConditionalInterpolantDistribution(transform)
+        result = pi.fit(distribution, x, context=torch.rand(300, 1), **options)
     else:
-        result = fit(InterpolantDistribution(InterpolantTransform(velocity)), x, **options)
+        result = pi.fit(
+            pi.InterpolantDistribution(pi.InterpolantTransform(velocity)), x, **options
+        )
     assert min(result.validation_losses) < result.validation_losses[0]
     after = nn.utils.parameters_to_vector(velocity.parameters()).detach()
     assert (after - before).abs().max() > 1e-3

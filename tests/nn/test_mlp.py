@@ -6,16 +6,12 @@ from cases import HIDDEN_DIMS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_interpolant import (
-    InterpolantTransform,
-    TorusMLP,
-    VelocityMLP,
-)
+import pyro_interpolant as pi
 from pyro_interpolant.nn.velocity import field
 
 
 def network(hidden_dims=(16, 16), context_dim=0, dim=3):
-    velocity = VelocityMLP(dim, hidden_dims, context_dim)
+    velocity = pi.VelocityMLP(dim, hidden_dims, context_dim)
     with torch.no_grad():
         velocity.output.weight.normal_()
         velocity.shifts.weight.normal_(std=0.3)
@@ -71,7 +67,7 @@ def test_a_residual_network_is_not_the_plain_one():
 def test_refusals():
     t, x = torch.tensor(0.5), torch.randn(4, 3)
     conditional, plain = network(context_dim=2), network()
-    for call in (VelocityMLP.__call__, VelocityMLP.forward_and_divergence):
+    for call in (pi.VelocityMLP.__call__, pi.VelocityMLP.forward_and_divergence):
         with pytest.raises(ValueError, match=r"a context of shape \(\*, 2\), got none"):
             call(conditional, t, x)
         with pytest.raises(ValueError, match=r"a context of shape \(\*, 2\), got shape \(4, 3\)"):
@@ -82,7 +78,7 @@ def test_refusals():
         conditional.field(torch.rand(3))
     for arguments in ((0, (8,)), (2, ()), (2, (8, 0)), (2, (8,), -1)):
         with pytest.raises(ValueError, match="expected a positive event_dim"):
-            VelocityMLP(*arguments)
+            pi.VelocityMLP(*arguments)
 
 
 def test_the_gate_leaves_the_data_alone_and_bounds_the_far_field():
@@ -139,7 +135,7 @@ def test_a_context_in_other_units_gives_the_same_velocity():
     torch.testing.assert_close(a(t, x, context), b(t, x, 1e5 * context - 3e4))
 
 
-@pytest.mark.parametrize("kind", [VelocityMLP, TorusMLP])
+@pytest.mark.parametrize("kind", [pi.VelocityMLP, pi.TorusMLP])
 def test_an_untrained_copy_has_the_scales_of_the_network(kind):
     velocity = kind(2, (8, 8), 3)
     velocity.set_scales(10 * torch.randn(50, 2), 5 + 3 * torch.randn(50, 3))
@@ -152,29 +148,20 @@ def test_an_untrained_copy_has_the_scales_of_the_network(kind):
     assert copy.context_scale.min() > 2
 
 
-def test_tight_data_do_not_gate_the_base():
-    velocity = network()
-    velocity.set_scales(1e-3 * torch.randn(100, 3))
-    v = velocity(torch.tensor(0.1), torch.randn(200, 3))
-    velocity.reach.fill_(math.inf)
-    velocity_there = velocity(torch.tensor(0.1), torch.randn(200, 3))
-    assert v.norm() > 0.5 * velocity_there.norm()
-
-
 @pytest.mark.parametrize("dim", [1, 9])
 def test_an_untrained_default_network_is_zero(dim):
-    velocity = VelocityMLP(dim)
+    velocity = pi.VelocityMLP(dim)
     v, divergence = velocity.forward_and_divergence(torch.rand(5), torch.randn(5, dim))
     assert (v == 0).all()
     assert (divergence == 0).all()
-    flow = InterpolantTransform(velocity)
+    flow = pi.InterpolantTransform(velocity)
     x = torch.randn(5, dim)
     assert torch.equal(flow(x), x)
 
 
 def test_arguments_rebuild_the_network_and_the_type_follows():
     velocity = network((16, 16, 16), 2).float()
-    again = VelocityMLP(*velocity.arguments()).float()
+    again = pi.VelocityMLP(*velocity.arguments()).float()
     again.load_state_dict(velocity.state_dict())
     given = torch.rand(4).float(), torch.randn(4, 3).float(), torch.randn(4, 2).float()
     v, divergence = velocity.forward_and_divergence(*given)
@@ -188,7 +175,7 @@ def test_arguments_rebuild_the_network_and_the_type_follows():
 )
 def test_values_are_the_same_with_and_without_gradients(hidden, dtype):
     """Without gradients activations are computed in place, and slopes by a fused kernel."""
-    velocity = VelocityMLP(3, hidden).to(dtype)
+    velocity = pi.VelocityMLP(3, hidden).to(dtype)
     torch.nn.init.normal_(velocity.output.weight)
     torch.nn.init.normal_(velocity.scales.weight, std=0.3)
     velocity.reach.fill_(2.0)
@@ -208,7 +195,7 @@ def test_values_are_the_same_with_and_without_gradients(hidden, dtype):
 
 
 def test_tangents_survive_without_gradients():
-    velocity = VelocityMLP(2, (8, 8))
+    velocity = pi.VelocityMLP(2, (8, 8))
     torch.nn.init.normal_(velocity.output.weight)
     x, t, direction = torch.randn(3, 2), torch.tensor(0.4), torch.randn(3, 2)
     with torch.no_grad(), torch.autograd.forward_ad.dual_level():
@@ -223,7 +210,7 @@ def test_tangents_survive_without_gradients():
 
 def test_the_first_layer_starts_sharper_from_3_to_8_dimensions():
     for dim, factor in ((2, 1.0), (3, 3.0), (8, 3.0), (9, 1.0)):
-        weight = VelocityMLP(dim, (256, 256)).layers[0].weight.detach()
+        weight = pi.VelocityMLP(dim, (256, 256)).layers[0].weight.detach()
         largest = float(weight.abs().max()) * math.sqrt(dim)
         assert 0.95 * factor < largest <= factor + 1e-6, dim
 
@@ -241,7 +228,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("kind", "needs_grad"), [(VelocityMLP, True), (TorusMLP, False)])
+@pytest.mark.parametrize(("kind", "needs_grad"), [(pi.VelocityMLP, True), (pi.TorusMLP, False)])
 def test_a_deep_divergence_takes_one_product_for_all_rows_and_directions(kind, needs_grad):
     velocity = kind(2, (16, 16, 16)).double().requires_grad_(requires_grad=False)
     x = torch.randn(5, 7, 2).double().requires_grad_(needs_grad)

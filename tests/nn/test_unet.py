@@ -190,30 +190,3 @@ def test_a_missing_diffusers_is_named(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match="pip install 'diffusers'"):
         UNet((1, 4, 4))
-
-
-def test_diffusers_transformer_through_the_adapter():
-    pytest.importorskip("diffusers")
-    from diffusers import DiTTransformer2DModel
-
-    class Transformer(nn.Module):
-        def __init__(self, classes):
-            super().__init__()
-            self.net = DiTTransformer2DModel(
-                num_attention_heads=2, attention_head_dim=4, in_channels=1, out_channels=1,
-                num_layers=1, sample_size=4, patch_size=2, num_embeds_ada_norm=classes,
-            )  # fmt: skip
-
-        def forward(self, t, image, labels):
-            return self.net(image, 1000 * t, labels).sample
-
-    velocity = ImageVelocity(Transformer(3), (1, 4, 4), classes=3)
-    images, labels = torch.rand(40, 1, 4, 4), torch.arange(40) % 3
-    flow = pi.ConditionalInterpolantTransform(
-        velocity, divergence=pi.HutchinsonDivergence(), solver=pi.FixedGrid(2)
-    )
-    likelihood = pi.ConditionalInterpolantDistribution(flow.double(), event_shape=(1, 4, 4))
-    velocity.eval()
-    given = likelihood.condition(labels)
-    assert given.sample().shape == (40, 1, 4, 4)
-    assert given.log_prob(images).isfinite().all()

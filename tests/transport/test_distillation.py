@@ -12,26 +12,10 @@ from cases import random_flow, random_prior
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.distributions.transforms import affine_autoregressive, affine_coupling
-from pyro.infer.reparam import TransformReparam
 from torch import nn
-from torch.distributions import AffineTransform, ComposeTransform, Independent, Transform
+from torch.distributions import AffineTransform, ComposeTransform, Transform
 
-from pyro_interpolant import (
-    AutoInterpolant,
-    ConditionalInterpolantDistribution,
-    FixedGrid,
-    Geodesic,
-    InterpolantDistribution,
-    InterpolantTransform,
-    Samples,
-    TorusMLP,
-    circular,
-    conditional_interpolant_transform,
-    distill,
-    interpolant_transform,
-    log_joint,
-    neutra,
-)
+import pyro_interpolant as pi
 from pyro_interpolant.training.preprocessing import marginal_transform
 from pyro_interpolant.transforms.gaussianize import Gaussianized
 
@@ -40,15 +24,15 @@ QUICK = {"count": 2000, "steps": 40, "batch_size": 128, "seed": 0, "progress": F
 
 def gaussian(dim=2, **kwargs):
     """An untrained flow, N(loc, L L^T)."""
-    flow = interpolant_transform(dim, (8,)).double()
+    flow = pi.interpolant_transform(dim, (8,)).double()
     flow.flow.whitening.set(3.0 + torch.arange(float(dim)), 2.0 * torch.eye(dim))
-    return InterpolantDistribution(flow, **kwargs).freeze()
+    return pi.InterpolantDistribution(flow, **kwargs).freeze()
 
 
 @pytest.mark.slow
 def test_the_student_of_a_gaussian_is_near_and_says_how_near():
     flow = gaussian()
-    result = distill(flow, **QUICK)
+    result = pi.distill(flow, **QUICK)
     assert abs(result.relative_entropy) < 0.02
     assert 0 < result.stderr < 0.01
     student, x = result.distribution, flow.sample((3000,))
@@ -61,14 +45,14 @@ def test_the_student_of_a_gaussian_is_near_and_says_how_near():
 def test_the_relative_entropy_is_that_of_known_densities():
     flow = gaussian()
     shift = AffineTransform(torch.tensor([0.5, 0.0]), torch.ones(2), event_dim=1)
-    result = distill(flow, [shift], **{**QUICK, "count": 20_000})  # nothing to train
+    result = pi.distill(flow, [shift], **{**QUICK, "count": 20_000})  # nothing to train
     assert abs(result.relative_entropy - 0.125) < 4 * result.stderr + 0.02
 
 
 def test_the_relative_entropy_is_of_draws_that_set_no_coordinates():
     flow = gaussian(20)
     settings = {**QUICK, "count": 400, "steps": 1, "learning_rate": 1e-9}  # moments of 360 draws
-    result, x = distill(flow, **settings), flow.sample((1000,))
+    result, x = pi.distill(flow, **settings), flow.sample((1000,))
     true = (flow.log_prob(x) - result.distribution.log_prob(x)).mean()
     assert true > 0.2
     assert abs(result.relative_entropy - true) < 3 * result.stderr
@@ -76,7 +60,7 @@ def test_the_relative_entropy_is_of_draws_that_set_no_coordinates():
 
 def test_the_score_of_a_student_has_no_kinks():
     """NUTS takes the steps that a potential's jumps allow."""
-    student = distill(random_prior(3), **{**QUICK, "count": 500}).distribution
+    student = pi.distill(random_prior(3), **{**QUICK, "count": 500}).distribution
     ends = torch.tensor([[-2.0, 1.0, -2.0], [2.0, -1.5, 2.0]]).double()
     jumps = []
     for count in (2001, 4001):
@@ -91,7 +75,7 @@ def test_the_score_of_a_student_has_no_kinks():
 def test_students_are_on_the_support_of_the_flow(support):
     dim = 1 if support is constraints.real else 2
     flow = random_prior(dim, support=support)
-    student = distill(flow, **QUICK).distribution
+    student = pi.distill(flow, **QUICK).distribution
     x = student.sample((100,))
     assert student.event_shape == flow.event_shape
     assert bool(support.check(x).all())
@@ -111,7 +95,7 @@ def test_students_are_on_the_support_of_the_flow(support):
 def test_a_student_is_nowhere_that_the_flow_is_not(support, outside):
     shape = () if support is constraints.unit_interval else None
     flow = random_prior(2 if shape is None else 1, support=support, event_shape=shape)
-    student = distill(flow, **{**QUICK, "count": 100, "steps": 1}).distribution
+    student = pi.distill(flow, **{**QUICK, "count": 100, "steps": 1}).distribution
     with pytest.raises(ValueError, match="within the support"):
         student.log_prob(torch.full(flow.event_shape, math.nan))
     flow._validate_args = student._validate_args = False
@@ -127,10 +111,10 @@ def test_a_student_is_nowhere_that_the_flow_is_not(support, outside):
 
 
 def test_a_base_that_comes_from_samples_has_no_density_either():
-    base = InterpolantDistribution(random_flow(2), Samples(torch.randn(500, 2))).freeze()
-    flow = InterpolantDistribution(random_flow(2), base).freeze()
+    base = pi.InterpolantDistribution(random_flow(2), pi.Samples(torch.randn(500, 2))).freeze()
+    flow = pi.InterpolantDistribution(random_flow(2), base).freeze()
     assert not flow.has_density()
-    assert math.isnan(distill(flow, **{**QUICK, "steps": 1}).relative_entropy)
+    assert math.isnan(pi.distill(flow, **{**QUICK, "steps": 1}).relative_entropy)
     assert flow.moments().mean.isfinite().all()
 
 
@@ -144,10 +128,12 @@ class Growing(nn.Module):
 def test_a_base_with_bounds_has_the_densities_of_the_draws():
     """A solve back from the draws leads some beyond the bounds."""
     base = dist.Uniform(-torch.ones(2), torch.ones(2)).to_event(1)
-    flow = InterpolantDistribution(InterpolantTransform(Growing(), solver=FixedGrid(1)), base)
+    flow = pi.InterpolantDistribution(
+        pi.InterpolantTransform(Growing(), solver=pi.FixedGrid(1)), base
+    )
     assert flow.log_prob(flow.sample((100,)).clone()).isinf().any()
     with torch.inference_mode():
-        result = distill(flow, **{**QUICK, "steps": 1})
+        result = pi.distill(flow, **{**QUICK, "steps": 1})
     assert math.isfinite(result.relative_entropy)
     assert math.isfinite(result.stderr)
 
@@ -155,7 +141,7 @@ def test_a_base_with_bounds_has_the_densities_of_the_draws():
 @pytest.mark.slow
 def test_one_seed_gives_one_student_and_leaves_the_generator():
     flow, before = random_prior(2), torch.get_rng_state()
-    one, other = (distill(flow, **QUICK) for _ in range(2))
+    one, other = (pi.distill(flow, **QUICK) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert one.relative_entropy == other.relative_entropy
     x = flow.sample((5,))
@@ -164,7 +150,7 @@ def test_one_seed_gives_one_student_and_leaves_the_generator():
 
 @pytest.mark.slow
 def test_students_are_frozen_and_can_be_copied():
-    student = distill(random_prior(2), **QUICK).distribution
+    student = pi.distill(random_prior(2), **QUICK).distribution
     modules = [part for part in student.transforms if isinstance(part, nn.Module)]
     assert modules
     assert not any(part.training for part in modules)
@@ -203,14 +189,14 @@ class LikeZuko(nn.Module):
 def test_students_of_ones_own():
     flow = random_prior(2)
     couplings = [affine_coupling(2, [16]), affine_coupling(2, [16])]
-    ours = distill(flow, couplings, **QUICK)
+    ours = pi.distill(flow, couplings, **QUICK)
     assert ours.distribution.transforms[1:3] == couplings
     slow = affine_autoregressive(2, [16])
     before = next(slow.parameters()).clone()
-    distill(flow, [ComposeTransform([slow.inv])], **{**QUICK, "steps": 3})
+    pi.distill(flow, [ComposeTransform([slow.inv])], **{**QUICK, "steps": 3})
     assert not torch.equal(next(slow.parameters()), before)  # modules inside of others, too
     module = LikeZuko()
-    theirs = distill(flow, module, **QUICK)
+    theirs = pi.distill(flow, module, **QUICK)
     assert float(module.shift.abs().max()) > 0  # it was trained
     assert not module.shift.requires_grad
     assert max(ours.relative_entropy, theirs.relative_entropy) < 0.1
@@ -231,27 +217,27 @@ class Broken(Transform):
 
 
 def test_refusals():
-    family = ConditionalInterpolantDistribution(conditional_interpolant_transform(2, 1))
+    family = pi.ConditionalInterpolantDistribution(pi.conditional_interpolant_transform(2, 1))
     with pytest.raises(TypeError, match=r"condition\(c\)"):
-        distill(family, **QUICK)
+        pi.distill(family, **QUICK)
     with pytest.raises(ValueError, match=r"batch of shape \(3,\)"):
-        distill(family.condition(torch.zeros(3, 1)), **QUICK)
-    torus = InterpolantTransform(TorusMLP(1, (8,)), interpolant=Geodesic())
+        pi.distill(family.condition(torch.zeros(3, 1)), **QUICK)
+    torus = pi.InterpolantTransform(pi.TorusMLP(1, (8,)), interpolant=pi.Geodesic())
     with pytest.raises(ValueError, match="got angles"):
-        distill(InterpolantDistribution(torus, support=circular), **QUICK)
+        pi.distill(pi.InterpolantDistribution(torus, support=pi.circular), **QUICK)
     flow, quick = random_prior(2), QUICK | {"count": 200, "steps": 2}
     with pytest.raises(TypeError, match="expected transforms"):
-        distill(flow, [nn.Linear(2, 2)], **quick)
+        pi.distill(flow, [nn.Linear(2, 2)], **quick)
     with pytest.raises(ValueError, match=r"expected a student of draws of shape \(\*, 2\)"):
-        distill(flow, [affine_coupling(3, [8])], **quick)
+        pi.distill(flow, [affine_coupling(3, [8])], **quick)
     with pytest.raises(ValueError, match="steps >= 1, a whole number"):
-        distill(flow, **{**quick, "steps": 0})
+        pi.distill(flow, **{**quick, "steps": 0})
     student = [affine_coupling(2, [8])]
-    trained = distill(flow, student, **quick).distribution
+    trained = pi.distill(flow, student, **quick).distribution
     with pytest.raises(ValueError, match="that has been trained are: build a new one"):
-        distill(flow, student, **quick)
+        pi.distill(flow, student, **quick)
     with pytest.raises(RuntimeError, match="not finite for 20 of 20"):
-        distill(flow, [affine_coupling(2, [8]), Broken()], **quick)
+        pi.distill(flow, [affine_coupling(2, [8]), Broken()], **quick)
     with pytest.raises(ValueError, match="float64, the type of the student, got torch.float32: "):
         trained.log_prob(torch.zeros(3, 2).float())
     with pytest.raises(ValueError, match=r"a value of shape \(\*, 2\), got \(3, 1\)"):
@@ -273,7 +259,7 @@ def model():
 
 
 def trained_guide():
-    guide = AutoInterpolant(model, hidden_dims=(16, 16))
+    guide = pi.AutoInterpolant(model, hidden_dims=(16, 16))
     guide()
     return guide
 
@@ -281,57 +267,42 @@ def trained_guide():
 @pytest.mark.slow
 def test_the_density_under_a_student_is_the_models_own():
     guide = trained_guide()
-    student = distill(guide.get_posterior(), **QUICK).distribution
-    base = neutra(guide, student=student)
+    student = pi.distill(guide.get_posterior(), **QUICK).distribution
+    base = pi.neutra(guide, student=student)
     w = 2 * torch.randn(3)  # the student is a poor one, which does not matter
     trace = poutine.trace(poutine.condition(base, data={"scale_shared_latent": w})).get_trace()
     transform = ComposeTransform(student.transforms)
     z = transform(w)
-    expected = log_joint(model)(z[None])[0] + transform.log_abs_det_jacobian(w, z)
+    expected = pi.log_joint(model)(z[None])[0] + transform.log_abs_det_jacobian(w, z)
     assert torch.allclose(trace.log_prob_sum(), expected)
     sites = base.samples({"scale_shared_latent": w[None]})
     assert torch.allclose(sites["x"][0], z[1:])
+    brief = {**QUICK, "count": 100, "steps": 1}
     with pytest.raises(ValueError, match=r"event shape \(3,\)"):
-        neutra(guide, student=distill(random_prior(2), **QUICK).distribution)
+        pi.neutra(guide, student=pi.distill(random_prior(2), **brief).distribution)
     inside = random_prior(3, support=constraints.positive)
     with pytest.raises(ValueError, match="real vector"):
-        neutra(guide, student=distill(inside, **QUICK).distribution)
+        pi.neutra(guide, student=pi.distill(inside, **brief).distribution)
     with pytest.raises(TypeError, match="got DistillResult"):
-        neutra(guide, student=distill(inside, **QUICK))
+        pi.neutra(guide, student=pi.distill(inside, **brief))
 
 
 def test_a_student_behind_a_map_of_columns_takes_the_guides_place():
     guide = trained_guide()
     behind = Gaussianized(constraints.real_vector, marginal_transform(torch.randn(400, 3).sinh()))
-    flow = InterpolantDistribution(random_flow(3), support=behind).freeze()
-    student = distill(flow, **{**QUICK, "count": 100, "steps": 1}).distribution
-    base, w = neutra(guide, student=student), torch.randn(3)
+    flow = pi.InterpolantDistribution(random_flow(3), support=behind).freeze()
+    student = pi.distill(flow, **{**QUICK, "count": 100, "steps": 1}).distribution
+    base, w = pi.neutra(guide, student=student), torch.randn(3)
     trace = poutine.trace(poutine.condition(base, data={"scale_shared_latent": w})).get_trace()
     transform = ComposeTransform(student.transforms)
     z = transform(w)
-    expected = log_joint(model)(z[None])[0] + transform.log_abs_det_jacobian(w, z)
+    expected = pi.log_joint(model)(z[None])[0] + transform.log_abs_det_jacobian(w, z)
     assert torch.allclose(trace.log_prob_sum(), expected)
-
-
-def test_a_student_is_a_prior_like_any():
-    student = distill(random_prior(2), **QUICK).distribution
-
-    def with_student():
-        with pyro.plate("rows", 3):
-            pyro.sample("z", student)
-
-    trace = poutine.trace(poutine.reparam(with_student, {"z": TransformReparam()})).get_trace()
-    assert trace.nodes["z_base"]["value"].shape == (3, 2)
-    assert isinstance(trace.nodes["z_base"]["fn"], Independent)
-    assert torch.allclose(
-        ComposeTransform(student.transforms)(trace.nodes["z_base"]["value"]),
-        trace.nodes["z"]["value"],
-    )
 
 
 def test_the_map_of_a_student_has_gradients_whatever_it_was_called_for():
     """Pyro's couplings find what they were called with again, without gradients or freed."""
-    student = distill(random_prior(2), **{**QUICK, "count": 100, "steps": 1}).distribution
+    student = pi.distill(random_prior(2), **{**QUICK, "count": 100, "steps": 1}).distribution
     transform, z = ComposeTransform(student.transforms), torch.randn(2)
     with torch.no_grad():
         transform(z)
