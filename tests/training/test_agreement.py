@@ -6,7 +6,6 @@ import pytest
 from cases import random_flow
 
 from pyro_interpolant import InterpolantDistribution
-from pyro_interpolant.training import agreement
 from pyro_interpolant.training.agreement import warn_if_draws_differ
 from pyro_interpolant.training.rows import Rows
 
@@ -25,24 +24,3 @@ def test_rows_held_out_that_are_unlike_those_trained_on_are_not_the_fits_fault(r
         warn_if_draws_differ(flow, group, shifted, math.inf)
     with pytest.warns(UserWarning, match="the fit came out wrong: column 0"):
         warn_if_draws_differ(flow, shifted, shifted, math.inf)
-
-
-def test_rows_that_come_in_an_order_are_compared_evenly_where_time_is_short(recwarn):
-    flow = InterpolantDistribution(random_flow(1)).freeze()
-    rows = Rows(flow.sample((4000,)).sort(dim=0).values, None)
-    warn_if_draws_differ(flow, rows, rows, -math.inf)
-    assert not recwarn.list
-
-
-def test_a_short_look_at_the_rows_trained_on_does_not_excuse_a_fit(monkeypatch):
-    """Hardly any rows are like those of nearly any fit."""
-    flow = InterpolantDistribution(random_flow(2)).freeze()
-    rows = Rows(1.5 * flow.sample((4000,)), None)
-    held, compared = rows.evenly(1000), agreement._compared
-    monkeypatch.setattr(
-        agreement,
-        "_compared",
-        lambda d, of, _: compared(d, of, math.inf if of is held else -math.inf),
-    )
-    with pytest.warns(UserWarning, match="the fit came out wrong: column"):
-        warn_if_draws_differ(flow, held, rows, math.inf)
