@@ -9,13 +9,10 @@ import sys
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import slow_but
-from pyro.distributions import constraints
 from safetensors.torch import save_file
 from torch import nn
 
@@ -25,7 +22,6 @@ from pyro_interpolant import (
     FixedGrid,
     InterpolantDistribution,
     InterpolantTransform,
-    JointInterpolantDistribution,
     Latent,
     Linear,
     VariancePreserving,
@@ -38,7 +34,6 @@ from pyro_interpolant import (
     optimal_transport,
     save,
 )
-from pyro_interpolant._files import write
 from pyro_interpolant.distributions.fingerprint import identity_of
 from pyro_interpolant.training import fitting, reporting
 from pyro_interpolant.training.checkpoint import Checkpoint
@@ -97,12 +92,13 @@ def stopping(at):
     return callback
 
 
-@pytest.mark.parametrize("every", slow_but([None, 7], 7))
-@pytest.mark.parametrize("seed", slow_but([0, None], 0))
 @pytest.mark.parametrize(
-    "options",
-    [{}, pytest.param({"coupling": optimal_transport}, marks=pytest.mark.slow)],
-    ids=["", "ot"],
+    ("every", "seed", "options"),
+    [
+        (7, 0, {}),
+        pytest.param(None, None, {"coupling": optimal_transport}, marks=pytest.mark.slow),
+    ],
+    ids=["plain", "coupled"],
 )
 def test_a_run_resumes_to_the_same_bits(every, seed, options, tmp_path):
     torch.manual_seed(5)
@@ -110,21 +106,14 @@ def test_a_run_resumes_to_the_same_bits(every, seed, options, tmp_path):
     whole = made()
     torch.manual_seed(5)
     expected = fit(whole, rows(), **options)
-    path, first = tmp_path / "run", made()
+    keep, first = {"checkpoint": tmp_path / "run", "checkpoint_every": every}, made()
     torch.manual_seed(5)
     with pytest.raises(Stop):
-        fit(
-            first,
-            rows(),
-            checkpoint=path,
-            checkpoint_every=every,
-            callback=stopping(20),
-            **options,
-        )
+        fit(first, rows(), callback=stopping(20), **keep, **options)
     torch.manual_seed(99)  # whatever happened since
     again = made()
     torch.manual_seed(99)
-    result = fit(again, rows(), checkpoint=path, checkpoint_every=every, **options)
+    result = fit(again, rows(), **keep, **options)
     for a, b in zip(weights_of(whole), weights_of(again), strict=True):
         assert torch.equal(a, b)
     for name in ("steps", "losses", "validation_losses", "best_step", "solver"):
@@ -198,7 +187,7 @@ def test_the_time_of_a_run_that_goes_on_is_that_before_too(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", range(16, 25))
+@pytest.mark.parametrize("at", [16, 19, 24])
 def test_a_run_resumes_from_any_place_in_what_is_drawn_ahead(at, tmp_path):
     def fitted(flow, **options):
         return fit(flow, rows(), weights=torch.rand(300), checkpoint_every=1, **QUICK, **options)
@@ -240,45 +229,32 @@ def finished(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"learning_rate": 1e-4},
-        {"steps": 41},
-        {"batch_size": 32},
-        {"max_seconds": 999.0},
-        {"weight_decay": 0.3},
-        {"patience": 50},
-        {"ema": 0.5},
-        {"seed": 1},
-        {"data": rows() + 1},
-        {"validation": 0.2},
-        {"whiten": False},
-        {"coupling": optimal_transport},
-        {"flow": lambda: made(interpolant=Linear())},
-        {"flow": lambda: based(5.0)},
-        {"flow": lambda: partly_frozen()},
-        pytest.param(
-            {"flow": lambda: based(1.0), "first": lambda: based(0.0)}, marks=pytest.mark.slow
-        ),
-    ],
-    ids=lambda c: next(iter(c)),
-)
-def test_another_run_is_not_resumed(change, finished, tmp_path):
-    change = dict(change)
-    if "first" in change:
-        fit(change.pop("first")(), rows(), checkpoint=tmp_path / "run", **QUICK)
-    else:
-        shutil.copy(finished, tmp_path / "run")
-    data, flow = change.pop("data", rows()), change.pop("flow", made)
+CHANGES = {
+    "rate": {"learning_rate": 1e-4},
+    "steps": {"steps": 41},
+    "batches": {"batch_size": 32},
+    "seed": {"seed": 1},
+    "data": {"data": lambda: rows() + 1},
+    "rows held out": {"validation": 0.2},
+    "coupling": {"coupling": optimal_transport},
+    "path": {"flow": lambda: made(interpolant=Linear())},
+    "base": {"flow": lambda: based(5.0)},
+    "frozen weights": {"flow": partly_frozen},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_run_is_not_resumed(name, finished, tmp_path):
+    change = dict(CHANGES[name])
+    shutil.copy(finished, tmp_path / "run")
+    data, flow = change.pop("data", rows)(), change.pop("flow", made)()
     with pytest.raises(ValueError, match="expected .* to be of this run, got the state of one"):
-        fit(flow(), data, checkpoint=tmp_path / "run", **{**QUICK, **change})
+        fit(flow, data, checkpoint=tmp_path / "run", **{**QUICK, **change})
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
-@pytest.mark.parametrize("seed", [0, None])
-def test_the_generator_of_a_device_goes_on_too(seed, tmp_path, monkeypatch):
+def test_the_generator_of_a_device_goes_on_too(tmp_path, monkeypatch):
     device, plain = torch.Generator(), _torch._generators  # it stands for that of a GPU
     monkeypatch.setattr(_torch, "_generators", lambda where: [*plain(where), device])
 
@@ -295,7 +271,7 @@ def test_the_generator_of_a_device_goes_on_too(seed, tmp_path, monkeypatch):
         base = There(torch.Size(), torch.Size([2]), validate_args=False)
         flow = InterpolantDistribution(made().transform, base)
         torch.manual_seed(seeds)
-        fit(flow, rows(), **{**QUICK, "seed": seed, "steps": 12, **options})
+        fit(flow, rows(), **{**QUICK, "seed": None, "steps": 12, **options})
         return weights_of(flow)
 
     expected, file = learned(1), tmp_path / "run"
@@ -328,19 +304,14 @@ def damaged(path, how):
     whole = path.read_bytes()
     if how == "cut":
         path.write_bytes(whole[: len(whole) // 2])
-    elif how == "flipped":
-        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
-    elif how == "number":
-        assert whole.count(b'"step') > 0
+    else:
         place = whole.index(b"step", whole.index(b"position"))
         place = next(i for i in range(place, len(whole)) if whole[i] in b"123456789")
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    else:
-        path.write_bytes(b"")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["cut", "flipped", "number", "empty"])
+@pytest.mark.parametrize("how", ["cut", "number"])
 def test_a_damaged_file_is_passed_over_for_the_one_before(how, tmp_path):
     path = tmp_path / "run"
     whole = made()
@@ -385,19 +356,16 @@ def test_nothing_but_damage_is_an_error(tmp_path):
 OTHERS = {
     "flow": lambda path: save(made(), path),
     "cut flow": lambda path: (save(made(), path), path.write_bytes(path.read_bytes()[:-9])),
-    "bits": lambda path: write(path, {"bits": torch.ones(3)}, {"pyro_interpolant_bits": "[]"}),
     "tensors": lambda path: save_file({"a": torch.ones(3)}, path),
     "text": lambda path: path.write_text("one line of many of somebody's notes\n" * 20),
-    "array": lambda path: path.write_bytes(torch.ones(500).numpy().tobytes()),
 }
 
 
-@pytest.mark.parametrize("with_previous", [False, True])
 @pytest.mark.parametrize("kind", OTHERS)
-def test_a_file_of_another_kind_is_refused_and_left_alone(kind, with_previous, tmp_path):
+def test_a_file_of_another_kind_is_refused_and_left_alone(kind, tmp_path):
     """It was called damaged, to be deleted, or moved away."""
     path = tmp_path / "run"
-    if with_previous:
+    if "flow" in kind:
         state_at(tmp_path / "run.previous").write({"a": torch.ones(2)}, {"n": 1})
     OTHERS[kind](path)
     whole, files = path.read_bytes(), sorted(os.listdir(tmp_path))
@@ -517,32 +485,16 @@ BASES = {
 }
 
 
-@pytest.mark.parametrize("name", BASES)
-def test_a_run_from_another_base_is_another_run(name, tmp_path):
+def test_a_run_from_another_base_is_another_run():
     """Also where the numbers of a base are not those that torch would check."""
     flow = made().transform.flow
-    base = BASES[name](0.0)
-    one, other = (identity_of(flow, b, None, rows()) for b in (base, BASES[name](0.25)))
-    base.log_prob(base.sample((3,)).clone())  # of which transforms remember something
-    assert one == identity_of(flow, base, None, rows())
-    assert one == identity_of(flow, BASES[name](0.0), None, rows())
-    assert one != other
-
-
-def test_where_no_state_can_be_kept(tmp_path):
-    with pytest.raises(ValueError, match="in a folder that is there, got .*nowhere"):
-        fit(made(), rows(), checkpoint=tmp_path / "nowhere" / "run", **QUICK)
-    with pytest.raises(ValueError, match="checkpoint_every >= 1, a whole number, got 0"):
-        fit(made(), rows(), checkpoint=tmp_path / "run", checkpoint_every=0, **QUICK)
-
-
-@pytest.mark.slow
-def test_numbers_of_numpy_are_kept(tmp_path):
-    options = {**QUICK, "steps": np.int64(20), "checkpoint": tmp_path / "run"}
-    told = []
-    fit(made(), rows(), **options)
-    fit(made(), rows(), callback=told.append, **options)
-    assert not told
+    for name, make in BASES.items():
+        base = make(0.0)
+        one, other = (identity_of(flow, b, None, rows()) for b in (base, make(0.25)))
+        base.log_prob(base.sample((3,)).clone())  # of which transforms remember something
+        assert one == identity_of(flow, base, None, rows()), name
+        assert one == identity_of(flow, make(0.0), None, rows()), name
+        assert one != other, name
 
 
 KILLED = """
@@ -605,6 +557,7 @@ print(kills)
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_a_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
     """For real: SIGKILL at random moments, in processes of their own, until it gets through."""
     script, paths = tmp_path / "run.py", [tmp_path / "whole", tmp_path / "kept"]
@@ -612,7 +565,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
     command = [sys.executable, str(script), *map(str, paths)]
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), TESTS)))
     environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, check=True, capture_output=True, env=environment)
+    done = subprocess.run(command, check=True, capture_output=True, env=environment, timeout=900)
     assert int(done.stdout) >= 2  # kills
     assert int((tmp_path / "kept.first").read_text()) > 6  # it did not start anew
     whole, kept = (path.with_name(path.name + ".done").read_bytes() for path in paths)
@@ -660,22 +613,21 @@ def test_an_interrupt_in_the_middle_of_a_look_is_followed_by_one(looks, monkeypa
     assert len(said) == looks + 2
 
 
-@pytest.mark.parametrize("count", [0, 3])
-def test_an_interrupt_while_rows_are_read_keeps_the_weights(count):
+def test_an_interrupt_while_rows_are_read_keeps_the_weights():
     class Loader:
         passes = 0
 
         def __iter__(self):
             self.passes += 1
             for i, part in enumerate(rows().split(60)):
-                if self.passes == 2 and i == count:
+                if self.passes == 2 and i == 3:
                     raise KeyboardInterrupt
                 yield part
 
     with pytest.warns(UserWarning, match="run was interrupted"):
         result = fit(made(), Loader(), validation=rows()[:50], **QUICK)
     assert result.stopped_by == "interrupt"
-    assert result.steps[-1] == (0 if count == 0 else 2)
+    assert result.steps[-1] == 2
 
 
 def test_an_interrupt_of_one_of_several_processes_is_passed_on(monkeypatch):
@@ -695,22 +647,6 @@ def test_an_interrupt_of_one_of_several_processes_is_passed_on(monkeypatch):
         fit(flow, rows(), **{**QUICK, "steps": 100})
     with torch.no_grad():
         assert flow.log_prob(rows()).mean() > before
-
-
-@pytest.mark.slow
-def test_so_is_one_while_the_solver_is_calibrated(monkeypatch):
-    def interrupted(*given, **options):
-        raise KeyboardInterrupt
-
-    def outcome(run):
-        run.process.world = 2
-        return told(run)
-
-    told = Run.outcome
-    monkeypatch.setattr(Run, "outcome", outcome)
-    monkeypatch.setattr(fitting, "calibrate_until", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        fit(made(), rows(), **QUICK)
 
 
 @pytest.mark.slow
@@ -793,14 +729,6 @@ def test_weighted_rows_are_learned_in_proportion():
     assert float(distribution.transform.flow.loc) == pytest.approx(1.2, abs=0.1)
 
 
-@pytest.mark.parametrize(
-    "weights", [torch.ones(299), -torch.ones(300), torch.zeros(300), torch.full((300,), torch.nan)]
-)
-def test_wrong_weights_are_refused(weights):
-    with pytest.raises(ValueError, match="non-negative weights|finite weights"):
-        fit(made(), rows(), weights=weights, **QUICK)
-
-
 @pytest.mark.slow
 def test_rows_of_no_weight_are_absent_and_counts_are_weights():
     x = torch.cat((rows(), torch.full((700, 2), torch.nan)))
@@ -830,22 +758,6 @@ def test_held_out_rows_of_a_frame_tell_one_run_from_another(streamed, tmp_path):
             fit(made(), data, validation=held + 0.1, **options)
 
 
-@pytest.mark.slow
-def test_held_out_draws_by_name_tell_one_run_on_an_iterable_from_another(tmp_path):
-    held, sites = rows(60), {name: ((), constraints.real) for name in "ab"}
-    options = {**QUICK, "steps": 2, "tolerance": 1e3, "checkpoint": tmp_path / "run"}
-
-    def run(validation):
-        flow = JointInterpolantDistribution(interpolant_transform(2, (8,)), sites=sites)
-        fit(flow, list(rows().split(100)), validation=validation, **options)
-
-    with warnings.catch_warnings(action="ignore"):
-        run({"a": held[:, 0], "b": held[:, 1]})
-        run({"b": held[:, 1], "a": held[:, 0]})
-        with pytest.raises(ValueError, match="to be of this run, got the state of one"):
-            run({"a": held[:, 1], "b": held[:, 0]})
-
-
 def test_validation_rows_in_an_order_all_count():
     places = Rows(torch.arange(20_000.0)[:, None], None).repeated(8192).w[:, 0]
     assert places.shape == (8192,)
@@ -869,22 +781,11 @@ def test_validation_rows_of_ones_own():
     fit(conditional, x, context=context, validation=(held, torch.rand(100, 1)), **QUICK)
     with pytest.raises(ValueError, match="expected a context of shape"):
         fit(conditional, x, context=context, validation=held, **QUICK)
-    with pytest.raises(ValueError, match="expected a share for validation beside pairs"):
-        fit(made(), x, pairs=torch.randn(300, 2), validation=held, **QUICK)
-
-
-def _slow(t):
-    return t**2
-
-
-def _fast(t):
-    return 1 - (1 - t) ** 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("named", [True, False])
-def test_a_run_on_another_path_is_another_run(tmp_path, named):
-    paths = [_slow, _fast] if named else [lambda t: t**2, lambda t: 1 - (1 - t) ** 2]
+def test_a_run_on_another_path_is_another_run(tmp_path):
+    paths = [lambda t: t**2, lambda t: 1 - (1 - t) ** 2]
     x, options = torch.randn(300, 2), {**QUICK, "steps": 5, "checkpoint": tmp_path / "run.state"}
 
     def flow(function):
@@ -921,14 +822,13 @@ def test_what_a_coupling_is_given_and_what_another_library_holds_tell_runs_apart
             assert tell(None, near) == tell(None, make(settings[0])) != tell(None, far)
 
 
-@pytest.mark.parametrize("name", ["validation", "base_samples"])
-def test_lists_of_numbers_tell_runs_apart(name, tmp_path):
+def test_lists_of_numbers_tell_runs_apart(tmp_path):
     x, options = rows(100), {**QUICK, "steps": 3, "checkpoint": tmp_path / "run"}
-    first = x.tolist() if name == "base_samples" else (torch.arange(100) < 10).tolist()
-    fit(made(), x, **{name: first}, **options)
-    fit(made(), x, **{name: first}, **options)  # the same one is read
+    first = x.tolist()
+    for _ in range(2):  # the same one is read
+        fit(made(), x, base_samples=first, **options)
     with pytest.raises(ValueError, match="to be of this run, got the state of one with other"):
-        fit(made(), x, **{name: first[::-1]}, **options)
+        fit(made(), x, base_samples=first[::-1], **options)
 
 
 def test_a_run_in_another_type_is_refused(tmp_path):
