@@ -4,28 +4,23 @@ import functools
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
 from cases import slow_but
-from pyro.distributions import constraints
 from safetensors.torch import save_file
-from torch import nn
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     ExternalBase,
-    FixedGrid,
     InterpolantDistribution,
-    InterpolantTransform,
-    JointInterpolantDistribution,
     Latent,
     Linear,
     VariancePreserving,
@@ -38,14 +33,11 @@ from pyro_interpolant import (
     optimal_transport,
     save,
 )
-from pyro_interpolant._files import write
 from pyro_interpolant.distributions.fingerprint import identity_of
 from pyro_interpolant.training import fitting, reporting
 from pyro_interpolant.training.checkpoint import Checkpoint
 from pyro_interpolant.training.loop import Run
 from pyro_interpolant.training.reporting import HeldOutDensity
-from pyro_interpolant.training.rows import Rows
-from pyro_interpolant.transforms import DenseWhitening, ScalarWhitening
 
 pytestmark = pytest.mark.usefixtures("_small_runs")
 
@@ -97,38 +89,35 @@ def stopping(at):
     return callback
 
 
-@pytest.mark.parametrize("every", slow_but([None, 7], 7))
-@pytest.mark.parametrize("seed", slow_but([0, None], 0))
-@pytest.mark.parametrize(
-    "options",
-    [{}, pytest.param({"coupling": optimal_transport}, marks=pytest.mark.slow)],
-    ids=["", "ot"],
-)
-def test_a_run_resumes_to_the_same_bits(every, seed, options, tmp_path):
-    torch.manual_seed(5)
-    options = {**QUICK, **options, "seed": seed}
-    whole = made()
-    torch.manual_seed(5)
-    expected = fit(whole, rows(), **options)
-    path, first = tmp_path / "run", made()
-    torch.manual_seed(5)
+WEIGHTS = torch.linspace(0, 1, 300)
+RUNS = {  # what is drawn at each step, how often the state is written, and where a run stops
+    "plain": ({"seed": 0}, 7, 20),
+    "coupled": ({"seed": None, "coupling": optimal_transport}, None, 20),
+    "weighted": ({"seed": 0, "weights": WEIGHTS}, 1, 19),  # of draws ahead, in the middle
+}
+
+
+@pytest.mark.parametrize("name", slow_but(RUNS, "plain"))
+def test_a_run_resumes_to_the_same_bits_and_is_not_run_again(name, tmp_path):
+    options, every, at = RUNS[name]
+    options = {**QUICK, **options}
+
+    def run(seed, **more):
+        flow = made()
+        torch.manual_seed(seed)
+        return fit(flow, rows(), **options, **more), weights_of(flow)
+
+    expected, weights = run(5)
+    keep, told = {"checkpoint": tmp_path / "run", "checkpoint_every": every}, []
     with pytest.raises(Stop):
-        fit(
-            first,
-            rows(),
-            checkpoint=path,
-            checkpoint_every=every,
-            callback=stopping(20),
-            **options,
-        )
-    torch.manual_seed(99)  # whatever happened since
-    again = made()
-    torch.manual_seed(99)
-    result = fit(again, rows(), checkpoint=path, checkpoint_every=every, **options)
-    for a, b in zip(weights_of(whole), weights_of(again), strict=True):
-        assert torch.equal(a, b)
-    for name in ("steps", "losses", "validation_losses", "best_step", "solver"):
-        assert getattr(result, name) == getattr(expected, name)
+        run(5, callback=stopping(at), **keep)
+    result, found = run(99, **keep)  # whatever happened since
+    assert all(map(torch.equal, weights, found))
+    for field in ("steps", "losses", "validation_losses", "best_step", "solver"):
+        assert getattr(result, field) == getattr(expected, field)
+    _, again = run(99, callback=told.append, **keep)
+    assert not told
+    assert all(map(torch.equal, weights, again))
 
 
 def test_a_run_goes_on_with_the_frozen_weights_that_it_began_with(tmp_path):
@@ -197,41 +186,6 @@ def test_the_time_of_a_run_that_goes_on_is_that_before_too(tmp_path):
     assert 1000 < fit(made(), rows(), checkpoint=path, **QUICK).seconds < 2000
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("at", range(16, 25))
-def test_a_run_resumes_from_any_place_in_what_is_drawn_ahead(at, tmp_path):
-    def fitted(flow, **options):
-        return fit(flow, rows(), weights=torch.rand(300), checkpoint_every=1, **QUICK, **options)
-
-    def drawing(state):  # from the generator that draws the batches too
-        torch.rand(state.step)
-
-    def stopping_at(state):
-        drawing(state)
-        stopping(at)(state)
-
-    whole = made()
-    expected = fitted(whole, callback=drawing)
-    path = tmp_path / "run"
-    with pytest.raises(Stop):
-        fitted(made(), callback=stopping_at, checkpoint=path)
-    again = made()
-    result = fitted(again, callback=drawing, checkpoint=path)
-    assert result.losses == expected.losses
-    for a, b in zip(weights_of(whole), weights_of(again), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.slow
-def test_a_finished_run_is_not_run_again(tmp_path):
-    first, second = made(), made()
-    fit(first, rows(), checkpoint=tmp_path / "run", **QUICK)
-    looks = []
-    fit(second, rows(), checkpoint=tmp_path / "run", callback=looks.append, **QUICK)
-    assert not looks
-    assert all(map(torch.equal, weights_of(first), weights_of(second)))
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The state of a finished run, made once."""
@@ -240,44 +194,32 @@ def finished(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"learning_rate": 1e-4},
-        {"steps": 41},
-        {"batch_size": 32},
-        {"weight_decay": 0.3},
-        {"patience": 50},
-        {"ema": 0.5},
-        {"seed": 1},
-        {"data": rows() + 1},
-        {"validation": 0.2},
-        {"whiten": False},
-        {"coupling": optimal_transport},
-        {"flow": lambda: made(interpolant=Linear())},
-        {"flow": lambda: based(5.0)},
-        {"flow": lambda: partly_frozen()},
-        pytest.param(
-            {"flow": lambda: based(1.0), "first": lambda: based(0.0)}, marks=pytest.mark.slow
-        ),
-    ],
-    ids=lambda c: next(iter(c)),
-)
-def test_another_run_is_not_resumed(change, finished, tmp_path):
-    change = dict(change)
-    if "first" in change:
-        fit(change.pop("first")(), rows(), checkpoint=tmp_path / "run", **QUICK)
-    else:
-        shutil.copy(finished, tmp_path / "run")
-    data, flow = change.pop("data", rows()), change.pop("flow", made)
+CHANGES = {
+    "rate": {"learning_rate": 1e-4},
+    "steps": {"steps": 41},
+    "batches": {"batch_size": 32},
+    "seed": {"seed": 1},
+    "data": {"data": lambda: rows() + 1},
+    "rows held out": {"validation": 0.2},
+    "coupling": {"coupling": optimal_transport},
+    "path": {"flow": lambda: made(interpolant=Linear())},
+    "base": {"flow": lambda: based(5.0)},
+    "frozen weights": {"flow": partly_frozen},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_run_is_not_resumed(name, finished, tmp_path):
+    change = dict(CHANGES[name])
+    shutil.copy(finished, tmp_path / "run")
+    data, flow = change.pop("data", rows)(), change.pop("flow", made)()
     with pytest.raises(ValueError, match="expected .* to be of this run, got the state of one"):
-        fit(flow(), data, checkpoint=tmp_path / "run", **{**QUICK, **change})
+        fit(flow, data, checkpoint=tmp_path / "run", **{**QUICK, **change})
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
-@pytest.mark.parametrize("seed", [0, None])
-def test_the_generator_of_a_device_goes_on_too(seed, tmp_path, monkeypatch):
+def test_the_generator_of_a_device_goes_on_too(tmp_path, monkeypatch):
     device, plain = torch.Generator(), _torch._generators  # it stands for that of a GPU
     monkeypatch.setattr(_torch, "_generators", lambda where: [*plain(where), device])
 
@@ -294,7 +236,7 @@ def test_the_generator_of_a_device_goes_on_too(seed, tmp_path, monkeypatch):
         base = There(torch.Size(), torch.Size([2]), validate_args=False)
         flow = InterpolantDistribution(made().transform, base)
         torch.manual_seed(seeds)
-        fit(flow, rows(), **{**QUICK, "seed": seed, "steps": 12, **options})
+        fit(flow, rows(), **{**QUICK, "seed": None, "steps": 12, **options})
         return weights_of(flow)
 
     expected, file = learned(1), tmp_path / "run"
@@ -303,43 +245,18 @@ def test_the_generator_of_a_device_goes_on_too(seed, tmp_path, monkeypatch):
     assert all(map(torch.equal, expected, learned(2, checkpoint=file)))
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
-def test_a_base_without_named_parameters_is_kept_too(tmp_path):
-    class Square(dist.TorchDistribution):
-        def sample(self, sample_shape=()):
-            return torch.rand(*sample_shape, 2)
-
-    def started():
-        base = Square(torch.Size(), torch.Size([2]), validate_args=False)
-        return InterpolantDistribution(made().transform, base)
-
-    told, options = [], {**QUICK, "learn": "velocity", "checkpoint": tmp_path / "run"}
-    x = rows()
-    with pytest.raises(Stop):
-        fit(started(), x, callback=stopping(20), **options)
-    with pytest.warns(UserWarning, match="failed: .* NotImplementedError"):  # it has no density
-        fit(started(), x, callback=lambda state: told.append(state.step), **options)
-    assert told[0] == 21
-
-
 def damaged(path, how):
     whole = path.read_bytes()
     if how == "cut":
         path.write_bytes(whole[: len(whole) // 2])
-    elif how == "flipped":
-        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
-    elif how == "number":
-        assert whole.count(b'"step') > 0
+    else:
         place = whole.index(b"step", whole.index(b"position"))
         place = next(i for i in range(place, len(whole)) if whole[i] in b"123456789")
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    else:
-        path.write_bytes(b"")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["cut", "flipped", "number", "empty"])
+@pytest.mark.parametrize("how", ["cut", "number"])
 def test_a_damaged_file_is_passed_over_for_the_one_before(how, tmp_path):
     path = tmp_path / "run"
     whole = made()
@@ -382,21 +299,17 @@ def test_nothing_but_damage_is_an_error(tmp_path):
 
 
 OTHERS = {
-    "flow": lambda path: save(made(), path),
     "cut flow": lambda path: (save(made(), path), path.write_bytes(path.read_bytes()[:-9])),
-    "bits": lambda path: write(path, {"bits": torch.ones(3)}, {"pyro_interpolant_bits": "[]"}),
     "tensors": lambda path: save_file({"a": torch.ones(3)}, path),
     "text": lambda path: path.write_text("one line of many of somebody's notes\n" * 20),
-    "array": lambda path: path.write_bytes(torch.ones(500).numpy().tobytes()),
 }
 
 
-@pytest.mark.parametrize("with_previous", [False, True])
 @pytest.mark.parametrize("kind", OTHERS)
-def test_a_file_of_another_kind_is_refused_and_left_alone(kind, with_previous, tmp_path):
+def test_a_file_of_another_kind_is_refused_and_left_alone(kind, tmp_path):
     """It was called damaged, to be deleted, or moved away."""
     path = tmp_path / "run"
-    if with_previous:
+    if "flow" in kind:
         state_at(tmp_path / "run.previous").write({"a": torch.ones(2)}, {"n": 1})
     OTHERS[kind](path)
     whole, files = path.read_bytes(), sorted(os.listdir(tmp_path))
@@ -467,10 +380,6 @@ def test_states_are_kept_behind_a_link_with_their_mode(tmp_path):
     kept = tmp_path / "disk" / "run-12.previous"
     assert sorted(p.name for p in target.parent.iterdir()) == [target.name, kept.name]
     assert target.stat().st_mode & 0o777 == kept.stat().st_mode & 0o777 == 0o600
-    link.unlink()
-    link.symlink_to(tmp_path / "nowhere" / "run")
-    with pytest.raises(ValueError, match="in a folder that is there, got .*current"):
-        fit(made(), rows(), checkpoint=link, **QUICK)
 
 
 def affine(loc):
@@ -497,124 +406,80 @@ def conditioned(value):
     return ConditionalInterpolantDistribution(family).condition(torch.tensor([value]))
 
 
-def coupled(loc):
-    torch.manual_seed(0)
-    part = dist.transforms.affine_coupling(2, [4])
-    part.log_scale_max_clip += loc
-    return dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), [part])
-
-
 BASES = {
     "uniform": lambda loc: dist.Uniform(torch.full((2,), loc - 9), 9.0).to_event(1),
     "mixture": mixed,
     "affine": affine,
-    "scaled": scaled,
     "external": lambda loc: ExternalBase(scaled(loc, torch.distributions)),
     "conditioned": conditioned,
-    "coupled": coupled,
-    "masked": lambda loc: dist.Normal(torch.full((2,), loc), 1.0).to_event(1).mask(mask=True),
 }
 
 
-@pytest.mark.parametrize("name", BASES)
-def test_a_run_from_another_base_is_another_run(name, tmp_path):
+def test_a_run_from_another_base_is_another_run():
     """Also where the numbers of a base are not those that torch would check."""
     flow = made().transform.flow
-    base = BASES[name](0.0)
-    one, other = (identity_of(flow, b, None, rows()) for b in (base, BASES[name](0.25)))
-    base.log_prob(base.sample((3,)).clone())  # of which transforms remember something
-    assert one == identity_of(flow, base, None, rows())
-    assert one == identity_of(flow, BASES[name](0.0), None, rows())
-    assert one != other
-
-
-def test_where_no_state_can_be_kept(tmp_path):
-    with pytest.raises(ValueError, match="in a folder that is there, got .*nowhere"):
-        fit(made(), rows(), checkpoint=tmp_path / "nowhere" / "run", **QUICK)
-    with pytest.raises(ValueError, match="checkpoint_every >= 1, a whole number, got 0"):
-        fit(made(), rows(), checkpoint=tmp_path / "run", checkpoint_every=0, **QUICK)
-
-
-@pytest.mark.slow
-def test_numbers_of_numpy_are_kept(tmp_path):
-    options = {**QUICK, "steps": np.int64(20), "checkpoint": tmp_path / "run"}
-    told = []
-    fit(made(), rows(), **options)
-    fit(made(), rows(), callback=told.append, **options)
-    assert not told
+    for name, make in BASES.items():
+        base = make(0.0)
+        one, other = (identity_of(flow, b, None, rows()) for b in (base, make(0.25)))
+        base.log_prob(base.sample((3,)).clone())  # of which transforms remember something
+        assert one == identity_of(flow, base, None, rows()), name
+        assert one == identity_of(flow, make(0.0), None, rows()), name
+        assert one != other, name
 
 
 KILLED = """
-import os, signal, sys, time, traceback, torch
-import torch._dynamo  # by the first optimiser of each fork, otherwise
+import os, signal, sys, torch
 import pyro_interpolant as pi
 from narrow import small_runs
 
 torch.set_num_threads(1)
 small_runs()
+torch.manual_seed(0)
+path, at, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+x = torch.randn(500, 2)
+x[:, 1] += x[:, 0] ** 2
+flow = pi.InterpolantDistribution(pi.interpolant_transform(2, (16, 16)))
+replace, steps = os.replace, []
 
-def started(path, **keep):
-    process = os.fork()  # which has imported what takes seconds to import
-    if process:
-        return process
-    try:
-        torch.manual_seed(0)
-        x = torch.randn(500, 2)
-        x[:, 1] += x[:, 0] ** 2
-        flow = pi.InterpolantDistribution(pi.interpolant_transform(2, (16, 16)))
-        first = []
-        pi.fit(
-            flow, x, steps=350, batch_size=64, seed=3, progress=False,
-            callback=lambda state: first.append(state.step), **keep,
-        )
-        with open(path + ".first", "w") as file:
-            file.write(str(first[0]))
-        flow.report = None  # which tells the time
-        pi.save(flow, path + ".done")
-    except BaseException:
-        traceback.print_exc()
-    os._exit(0)
+def killed(*given):
+    os.kill(os.getpid(), signal.SIGKILL)
 
-def written():
-    try:
-        return os.stat(path).st_mtime_ns
-    except FileNotFoundError:  # not yet, or between two renames
-        return 0
+def look(state):
+    steps.append(state.step)
+    if state.step >= at:
+        if how == "step":
+            killed()
+        os.replace = killed  # in the middle of the next write
 
-def ended(process):
-    return os.waitpid(process, os.WNOHANG)[0] != 0
-
-whole, path = sys.argv[1:]
-os.waitpid(started(whole), 0)
-keep, kills = {"checkpoint": path, "checkpoint_every": 5}, 0
-for pause in (0.0, 0.03, 0.1, 0.3):
-    before, process = written(), started(path, **keep)
-    over = False
-    while written() in (0, before) and not over:
-        time.sleep(0.005)
-        over = ended(process)
-    time.sleep(pause)
-    if not over and not ended(process):
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-        kills += 1
-os.waitpid(started(path, **keep), 0)
-print(kills)
+pi.fit(
+    flow, x, steps=100, batch_size=64, seed=3, progress=False, callback=look, checkpoint=path,
+    checkpoint_every=5,
+)
+print(steps[0])
+flow.report = None  # which tells the time
+pi.save(flow, path + ".done")
 """
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_a_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
-    """For real: SIGKILL at random moments, in processes of their own, until it gets through."""
-    script, paths = tmp_path / "run.py", [tmp_path / "whole", tmp_path / "kept"]
+    """For real: by SIGKILL, between two steps and in the middle of a write."""
+    script = tmp_path / "run.py"
     script.write_text(KILLED)
-    command = [sys.executable, str(script), *map(str, paths)]
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), TESTS)))
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, check=True, capture_output=True, env=environment)
-    assert int(done.stdout) >= 2  # kills
-    assert int((tmp_path / "kept.first").read_text()) > 6  # it did not start anew
-    whole, kept = (path.with_name(path.name + ".done").read_bytes() for path in paths)
+
+    def run(name, at, how):
+        command = [sys.executable, str(script), str(tmp_path / name), str(at), how]
+        environment = {**os.environ, "PYTHONPATH": path}
+        return subprocess.run(command, capture_output=True, env=environment, timeout=900)
+
+    assert run("whole", 1000, "step").returncode == 0
+    assert run("kept", 30, "step").returncode == -signal.SIGKILL
+    assert run("kept", 60, "write").returncode == -signal.SIGKILL
+    done = run("kept", 1000, "step")
+    assert int(done.stdout) > 50  # it did not start anew
+    whole, kept = ((tmp_path / f"{name}.done").read_bytes() for name in ("whole", "kept"))
     assert whole == kept
 
 
@@ -640,14 +505,13 @@ def test_an_interrupt_keeps_the_best_weights_so_far():
     assert distribution.log_prob(rows()).mean() > before
 
 
-@pytest.mark.parametrize("looks", [0, 2])
-def test_an_interrupt_in_the_middle_of_a_look_is_followed_by_one(looks, monkeypatch):
+def test_an_interrupt_in_the_middle_of_a_look_is_followed_by_one(monkeypatch):
     """Else its scores would be missing beside its loss, and of the first look no weights kept."""
     said = []
 
     def interrupted(self, scores):
         said.append(scores)
-        if len(said) == looks + 1:
+        if len(said) == 1:
             raise KeyboardInterrupt
         return ""
 
@@ -655,26 +519,8 @@ def test_an_interrupt_in_the_middle_of_a_look_is_followed_by_one(looks, monkeypa
     with pytest.warns(UserWarning, match="the run was interrupted"):
         result = fit(made(), rows(), **QUICK)
     assert result.stopped_by == "interrupt"
-    assert len(result.steps) == len(result.losses) == len(result.validation_losses) == looks + 1
-    assert len(said) == looks + 2
-
-
-@pytest.mark.parametrize("count", [0, 3])
-def test_an_interrupt_while_rows_are_read_keeps_the_weights(count):
-    class Loader:
-        passes = 0
-
-        def __iter__(self):
-            self.passes += 1
-            for i, part in enumerate(rows().split(60)):
-                if self.passes == 2 and i == count:
-                    raise KeyboardInterrupt
-                yield part
-
-    with pytest.warns(UserWarning, match="run was interrupted"):
-        result = fit(made(), Loader(), validation=rows()[:50], **QUICK)
-    assert result.stopped_by == "interrupt"
-    assert result.steps[-1] == (0 if count == 0 else 2)
+    assert len(result.steps) == len(result.losses) == len(result.validation_losses) == 1
+    assert len(said) == 2
 
 
 def test_an_interrupt_of_one_of_several_processes_is_passed_on(monkeypatch):
@@ -697,64 +543,25 @@ def test_an_interrupt_of_one_of_several_processes_is_passed_on(monkeypatch):
 
 
 @pytest.mark.slow
-def test_so_is_one_while_the_solver_is_calibrated(monkeypatch):
-    def interrupted(*given, **options):
-        raise KeyboardInterrupt
-
-    def outcome(run):
-        run.process.world = 2
-        return told(run)
-
-    told = Run.outcome
-    monkeypatch.setattr(Run, "outcome", outcome)
-    monkeypatch.setattr(fitting, "calibrated", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        fit(made(), rows(), **QUICK)
-
-
-@pytest.mark.slow
 def test_an_interrupt_while_the_solver_is_calibrated_keeps_the_weights(monkeypatch):
     def interrupted(*given, **options):
         raise KeyboardInterrupt
 
     expected, flow = made(), made()
     fit(expected, rows(), **QUICK)
-    monkeypatch.setattr(fitting, "calibrated", interrupted)
+    monkeypatch.setattr(fitting, "calibrate_until", interrupted)
     with pytest.warns(UserWarning, match="calibration was interrupted"):
         result = fit(flow, rows(), **QUICK)
     assert result.solver is flow.transform.solver
     assert all(map(torch.equal, weights_of(expected), weights_of(flow)))
 
 
-class Float32Alone(nn.Module):
-    """A velocity with the usual embedding of times, which takes whatever comes to float32."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
-
-    def forward(self, t, x, context=None):
-        angles = t.float()[..., None] * torch.tensor([1.0, 4.0])
-        embedded = torch.cat((angles.sin(), angles.cos()), -1).expand(*x.shape[:-1], 4)
-        return self.layers(torch.cat((x.float(), embedded), -1))
-
-
-def test_a_network_that_cannot_be_calibrated_is_returned_trained():
-    torch.set_default_dtype(torch.float32)
-    with pytest.warns(UserWarning, match=r"calibrating the solver failed: .* same dtype"):
-        learned = from_samples(rows(), network=Float32Alone(), marginals=False, **QUICK)
-    assert math.isfinite(learned.report.held_out)
-    assert learned.report.log_prob_error is None
-    assert learned.transform.solver == FixedGrid()
-    assert not any(p.requires_grad for p in learned.transform.parameters())
-
-
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")  # few steps
 @pytest.mark.parametrize(
     ("name", "error"),
     [
-        ("fitting.calibrated", ValueError("dopri5 gave up")),
-        ("fitting.sampler_calibrated", torch.OutOfMemoryError("no memory is left")),
+        ("fitting.calibrate_until", ValueError("dopri5 gave up")),
+        ("fitting.calibrate_sampler_until", torch.OutOfMemoryError("no memory is left")),
         ("fitting.HeldOutDensity.measured", RuntimeError("no memory is left")),
         ("fitting.warn_if_draws_differ", RuntimeError("no memory is left")),
     ],
@@ -777,27 +584,6 @@ def test_what_fails_after_the_last_step_keeps_the_weights(name, error, monkeypat
         learned = learn()
     assert learned.report.steps == 5
     assert all(map(torch.equal, weights_of(expected), weights_of(learned)))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_learned")
-def test_weighted_rows_are_learned_in_proportion():
-    x = torch.cat((torch.randn(1000, 1) * 0.3 - 2, torch.randn(1000, 1) * 0.3 + 2))
-    weights = torch.cat((torch.ones(1000), 4 * torch.ones(1000)))
-    distribution = InterpolantDistribution(interpolant_transform(1, (32, 32)))
-    options = {**QUICK, "steps": 500, "batch_size": 256}
-    fit(distribution, x, weights=weights, learning_rate=5e-3, **options)
-    share = float((distribution.sample((4000,)) > 0).double().mean())
-    assert share == pytest.approx(0.8, abs=0.05)
-    assert float(distribution.transform.flow.loc) == pytest.approx(1.2, abs=0.1)
-
-
-@pytest.mark.parametrize(
-    "weights", [torch.ones(299), -torch.ones(300), torch.zeros(300), torch.full((300,), torch.nan)]
-)
-def test_wrong_weights_are_refused(weights):
-    with pytest.raises(ValueError, match="non-negative weights|finite weights"):
-        fit(made(), rows(), weights=weights, **QUICK)
 
 
 @pytest.mark.slow
@@ -829,61 +615,19 @@ def test_held_out_rows_of_a_frame_tell_one_run_from_another(streamed, tmp_path):
             fit(made(), data, validation=held + 0.1, **options)
 
 
-@pytest.mark.slow
-def test_held_out_draws_by_name_tell_one_run_on_an_iterable_from_another(tmp_path):
-    held, sites = rows(60), {name: ((), constraints.real) for name in "ab"}
-    options = {**QUICK, "steps": 2, "tolerance": 1e3, "checkpoint": tmp_path / "run"}
-
-    def run(validation):
-        flow = JointInterpolantDistribution(interpolant_transform(2, (8,)), sites=sites)
-        fit(flow, list(rows().split(100)), validation=validation, **options)
-
-    with warnings.catch_warnings(action="ignore"):
-        run({"a": held[:, 0], "b": held[:, 1]})
-        run({"b": held[:, 1], "a": held[:, 0]})
-        with pytest.raises(ValueError, match="to be of this run, got the state of one"):
-            run({"a": held[:, 1], "b": held[:, 0]})
-
-
-def test_validation_rows_in_an_order_all_count():
-    places = Rows(torch.arange(20_000.0)[:, None], None).repeated(8192).w[:, 0]
-    assert places.shape == (8192,)
-    assert places[0] == 0
-    assert 0 < places.diff().min() <= places.diff().max() < 4
-    assert places[-1] > 19_990
+def test_validation_rows_of_ones_own_are_none_of_those_trained_on():
+    x, held, context = rows(300), rows(400)[300:], torch.rand(400, 1)
+    family = ConditionalInterpolantDistribution(conditional_interpolant_transform(2, 1, (8,)))
+    flow, options = made(), {**QUICK, "steps": 3}
+    fit(flow, x, validation=held, **options)
+    fit(family, x, context=context[:300], validation=(held, context[300:]), **options)
+    for each in (flow, family):
+        torch.testing.assert_close(each.transform.flow.loc, x.mean(0))
 
 
 @pytest.mark.slow
-def test_validation_rows_of_ones_own():
-    x, held = rows(300), rows(400)[300:]
-    distribution = made()
-    losses = [
-        fit(distribution, x, validation=v, **QUICK).validation_losses[-1]
-        for v in (held, held[:50])
-    ]
-    assert losses[0] != losses[1]
-    torch.testing.assert_close(distribution.transform.flow.loc, x.mean(0))  # none of them held out
-    context = torch.rand(300, 1)
-    conditional = ConditionalInterpolantDistribution(conditional_interpolant_transform(2, 1, (8,)))
-    fit(conditional, x, context=context, validation=(held, torch.rand(100, 1)), **QUICK)
-    with pytest.raises(ValueError, match="expected a context of shape"):
-        fit(conditional, x, context=context, validation=held, **QUICK)
-    with pytest.raises(ValueError, match="expected a share for validation beside pairs"):
-        fit(made(), x, pairs=torch.randn(300, 2), validation=held, **QUICK)
-
-
-def _slow(t):
-    return t**2
-
-
-def _fast(t):
-    return 1 - (1 - t) ** 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("named", [True, False])
-def test_a_run_on_another_path_is_another_run(tmp_path, named):
-    paths = [_slow, _fast] if named else [lambda t: t**2, lambda t: 1 - (1 - t) ** 2]
+def test_a_run_on_another_path_is_another_run(tmp_path):
+    paths = [lambda t: t**2, lambda t: 1 - (1 - t) ** 2]
     x, options = torch.randn(300, 2), {**QUICK, "steps": 5, "checkpoint": tmp_path / "run.state"}
 
     def flow(function):
@@ -896,14 +640,9 @@ def test_a_run_on_another_path_is_another_run(tmp_path, named):
         fit(flow(paths[1]), x, **options)
 
 
-def test_what_a_coupling_is_given_and_what_another_library_holds_tell_runs_apart():
-    def tell(base, coupling):
-        return identity_of(interpolant_transform(2, (8,)).flow, base, coupling)
-
-    near, far = (functools.partial(optimal_transport, scale=s) for s in (1.0, 2.0))
-    assert tell(None, near) == tell(None, near) != tell(None, far)
-    one, other = (ExternalBase(dist.Normal(torch.zeros(2) + m, 1.0).to_event(1)) for m in (0, 1))
-    assert tell(one, near) != tell(other, near)
+def test_what_a_coupling_holds_tells_runs_apart():
+    def tell(coupling):
+        return identity_of(interpolant_transform(2, (8,)).flow, None, coupling)
 
     def scaled(scale):
         return lambda x0, x1, context=None: optimal_transport(scale * x0, x1, context)
@@ -914,20 +653,9 @@ def test_what_a_coupling_is_given_and_what_another_library_holds_tell_runs_apart
 
         __call__ = optimal_transport
 
-    for make in (scaled, Scaled):
-        for settings in ((1.0, 2.0), (torch.zeros(2), torch.ones(2))):
-            near, far = map(make, settings)
-            assert tell(None, near) == tell(None, make(settings[0])) != tell(None, far)
-
-
-@pytest.mark.parametrize("name", ["validation", "base_samples"])
-def test_lists_of_numbers_tell_runs_apart(name, tmp_path):
-    x, options = rows(100), {**QUICK, "steps": 3, "checkpoint": tmp_path / "run"}
-    first = x.tolist() if name == "base_samples" else (torch.arange(100) < 10).tolist()
-    fit(made(), x, **{name: first}, **options)
-    fit(made(), x, **{name: first}, **options)  # the same one is read
-    with pytest.raises(ValueError, match="to be of this run, got the state of one with other"):
-        fit(made(), x, **{name: first[::-1]}, **options)
+    for make in (lambda scale: functools.partial(optimal_transport, scale=scale), scaled, Scaled):
+        for one, other in ((1.0, 2.0), (torch.zeros(2), torch.ones(2))):
+            assert tell(make(one)) == tell(make(one)) != tell(make(other))
 
 
 def test_a_run_in_another_type_is_refused(tmp_path):
@@ -938,19 +666,3 @@ def test_a_run_in_another_type_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"in torch.float32, got .* in torch.float64: call dist"):
         fit(other, x.float(), **options)
     assert torch.equal(other.transform.flow.loc, before)
-
-
-def test_the_state_of_another_whitening_is_refused(tmp_path):
-    x, options = rows(), {**QUICK, "steps": 3, "checkpoint": tmp_path / "run"}
-
-    def flow(whitening):
-        return InterpolantDistribution(
-            InterpolantTransform(VelocityMLP(2, (8,)), whitening=whitening)
-        )
-
-    fit(flow(ScalarWhitening(2)), x, **options)
-    other = flow(DenseWhitening(2))
-    before = other.transform.flow.whitening.linear.clone()
-    with pytest.raises(ValueError, match=r"got one whose buffer.whitening.linear has shape \(\)"):
-        fit(other, x, **options)
-    assert torch.equal(other.transform.flow.whitening.linear, before)

@@ -19,7 +19,6 @@ from pyro_interpolant import (
     Interpolant,
     InterpolantDistribution,
     InterpolantTransform,
-    JointInterpolantDistribution,
     Latent,
     Linear,
     Mirror,
@@ -235,17 +234,38 @@ def test_a_run_that_forgets_how_to_generalise_ends_and_keeps_the_best_weights():
     assert held > distribution.log_prob(x[60:]).mean() + 0.05
 
 
-def test_the_density_of_rows_held_out_chooses_and_not_the_loss(monkeypatch):
-    looks = itertools.count()
+class Counting(nn.Module):
+    """A velocity with a statistic that moves in training."""
+
+    event_dim = 2
+
+    def __init__(self):
+        super().__init__()
+        self.network = VelocityMLP(2, (8,))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, t, x, context=None):
+        if self.training:
+            self.seen = self.seen + 1
+        return self.network(t, x, context)
+
+
+def test_the_density_of_rows_held_out_chooses_weights_and_buffers_and_not_the_loss(monkeypatch):
+    looks, network, at = itertools.count(), Counting(), {}
 
     def scores(density):
         return Scores.equal(torch.full((len(density.judging.w),), abs(next(looks) - 2.0)))
 
+    def look(now):
+        at[now.step] = float(network.seen)
+
     monkeypatch.setattr(HeldOutDensity, "scores", scores)
-    result = quick(tiny(), torch.randn(100, 2), steps=60, seed=0)
+    flow = InterpolantDistribution(InterpolantTransform(network))
+    result = quick(flow, torch.randn(100, 2), steps=60, seed=0, callback=look)
     losses = result.validation_losses
-    assert result.best_step == result.steps[2]
+    assert result.best_step == result.steps[2] < result.steps[-1]
     assert losses[2] > min(losses)
+    assert float(network.seen) == at[result.best_step]
 
 
 def test_where_a_density_fails_the_loss_chooses_and_later_failures_are_no_best(monkeypatch):
@@ -514,6 +534,7 @@ def test_a_single_bad_step_is_skipped():
 
 
 NAN = X.masked_fill(PLACES[:, None] == 3, math.nan)
+FEW = lambda x0, x1, context: x0[:3]  # noqa: E731
 TEXT = np.array([["f", "m"]])
 POSITIVE = {"support": constraints.positive}
 BAD = {
@@ -522,7 +543,7 @@ BAD = {
     "few rows": (tiny, X[:2], {}, ValueError, "1 rows of 2, not counting those held"),
     "no rows": (tiny, X[:0], {}, ValueError, "expected rows of data, got none"),
     "integers": (tiny, X.long(), {}, TypeError, r"int64.*\.float\(\).*dequantize"),
-    "few bits": (tiny, X.half(), {}, TypeError, "of too few bits to train"),
+    "few bits": (lambda: tiny().to(torch.float16), X, {}, TypeError, "of too few bits to train"),
     "text": (tiny, TEXT, {}, TypeError, r"numbers, got an array of <U1.*numpy\.unique"),
     "columns": (tiny, torch.cat((X, C), -1), {}, ValueError, r"\(N, 2\), got \(100, 3\)"),
     "scalars": (lambda: tiny(1), X[:, 0], {}, ValueError, r"pass shape \(N, 1\)"),
@@ -533,13 +554,7 @@ BAD = {
     "a context": (tiny, X, {"context": C}, ValueError, "expected no context"),
     "short context": (tiny_conditional, X, {"context": C[:60]}, ValueError, "data, 100, got 60"),
     "wide context": (tiny_conditional, X, {"context": X}, ValueError, r"\(N, 1\), got \(100, 2\)"),
-    "nan context": (
-        tiny_conditional,
-        X,
-        {"context": C / 0},
-        ValueError,
-        "finite context, got NaN",
-    ),
+    "nan context": (tiny_conditional, X, {"context": C / 0}, ValueError, "finite context, got"),
     "batch": (tiny, X, {"batch_size": 101}, ValueError, "batch_size between 1 and the 90"),
     "few weights": (tiny, X, {"weights": C[:60, 0]}, ValueError, "non-negative weights"),
     "bad weights": (tiny, X, {"weights": -C[:, 0]}, ValueError, "non-negative weights"),
@@ -556,14 +571,8 @@ BAD = {
     "average": (tiny, X, {"ema": 1.0}, ValueError, r"ema in \[0, 1\)"),
     "tolerance": (tiny, X, {"tolerance": 0.0}, ValueError, "positive tolerance|tolerance >"),
     "aim": (tiny, X, {"learn": "noises"}, ValueError, "learn='noise', got 'noises'"),
-    "coupling": (
-        tiny,
-        X,
-        {"coupling": "optimal_transport"},
-        TypeError,
-        "a function, not its name",
-    ),
-    "partners": (tiny, X, {"coupling": lambda x0, x1, c: x0[:3]}, ValueError, "a partner of each"),
+    "coupling": (tiny, X, {"coupling": "independent"}, TypeError, "a function, not its name"),
+    "partners": (tiny, X, {"coupling": FEW, "base_samples": X}, ValueError, "a partner of each"),
     "coupled": (tiny, X, {"pairs": X, "coupling": optimal_transport}, ValueError, "got both"),
     "seed": (tiny, X, {"seed": 1.5}, ValueError, "a seed that is whole.*1.5"),
     "callback": (tiny, X, {"callback": 3}, TypeError, "expected callback to be a function"),
@@ -576,10 +585,11 @@ BAD = {
 def test_bad_input_is_refused_before_any_work(name):
     make, data, options, kind, message = BAD[name]
     distribution, told = make(), []
-    before = weights_of(distribution)
+    before, base = weights_of(distribution), distribution.base
     with pytest.raises(kind, match=f"(?s){message}"):
         quick(distribution, data, **{"callback": told.append, **options})
     assert equal(weights_of(distribution), before)
+    assert distribution.base is base
     assert not told
 
 
@@ -740,25 +750,6 @@ def test_from_samples_on_a_support(support, event):
     assert torch.isfinite(distribution.log_prob(y)).all()
 
 
-def test_from_samples_of_named_draws():
-    draws = {
-        "scale": torch.randn(200).exp(),
-        "effects": torch.randn(200, 3),
-        "share": dist.Dirichlet(torch.ones(3)).sample((200,)),
-    }
-    supports = {"scale": constraints.positive, "share": constraints.simplex}
-    distribution = from_samples(draws, support=supports, steps=5, progress=False, seed=0)
-    assert isinstance(distribution, JointInterpolantDistribution)
-    sites = distribution.unpack(distribution.sample((7,)))
-    assert {k: v.shape for k, v in sites.items()} == {
-        "scale": (7,),
-        "effects": (7, 3),
-        "share": (7, 3),
-    }
-    assert (sites["scale"] > 0).all()
-    torch.testing.assert_close(sites["share"].sum(-1), torch.ones(7))
-
-
 # ---- far from the data --------------------------------------------------------------------------
 
 
@@ -840,25 +831,8 @@ def test_a_refused_fit_leaves_a_flow_as_it_was():
     assert torch.equal(flow.log_prob(x), before)
 
 
-def test_a_refused_coupling_leaves_the_base_and_what_is_known_of_weights():
-    distribution = tiny()
-    flow = distribution.transform.flow
-    flow.reached = 7
-    with pytest.raises(ValueError, match="a coupling that returns a partner of each row"):
-        quick(
-            distribution,
-            torch.randn(60, 2),
-            base_samples=torch.randn(50, 2) + 5,
-            coupling=lambda x0, x1, context: x0[:1],
-        )
-    assert distribution.base is None
-    assert flow.reached == 7
-    assert torch.equal(flow.loc, torch.zeros(2))
-
-
-@pytest.mark.parametrize("stop", [True, np.bool_(True)])  # noqa: FBT003
-def test_a_callback_says_stop_in_any_library(stop):
-    result = quick(tiny(), torch.randn(60, 2), callback=lambda state: stop)
+def test_a_callback_says_stop_in_any_library():
+    result = quick(tiny(), torch.randn(60, 2), callback=lambda state: np.bool_(True))  # noqa: FBT003
     assert (result.stopped_by, result.steps) == ("callback", [1])
 
 
@@ -870,62 +844,6 @@ def test_contexts_that_the_type_rounds_away_are_warned_of():
     )
     with pytest.warns(UserWarning, match="columns .0. of context"):
         fit(flow, y, context=t, steps=3, progress=False, seed=0)
-
-
-class Counting(nn.Module):
-    """A velocity with a statistic that moves in training."""
-
-    event_dim = 2
-
-    def __init__(self):
-        super().__init__()
-        self.network = VelocityMLP(2, (8,))
-        self.register_buffer("seen", torch.zeros(()))
-
-    def forward(self, t, x, context=None):
-        if self.training:
-            self.seen = self.seen + 1
-        return self.network(t, x, context)
-
-
-@pytest.mark.slow
-def test_buffers_are_kept_with_the_weights_they_are_of():
-    network, at = Counting(), {}
-    flow = InterpolantDistribution(InterpolantTransform(network))
-
-    def look(now):
-        at[now.step] = float(network.seen)
-
-    result = quick(flow, torch.randn(60, 2), steps=700, patience=1, callback=look)
-    assert result.best_step < max(at)
-    assert float(network.seen) == at[result.best_step]
-
-
-class Late(VelocityMLP):
-    """A velocity whose dropout a callback switches on."""
-
-    share = 0.0
-
-    def forward(self, t, x, context=None):
-        return super().forward(t, nn.functional.dropout(x, self.share, self.training), context)
-
-
-@pytest.mark.slow
-def test_a_network_that_begins_to_draw_late_leaves_the_global_generator():
-    found = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        network, x = Late(2, (8,)), torch.randn(50, 2)
-
-        def look(_, network=network):
-            network.share = 0.1
-
-        flow, state = InterpolantDistribution(InterpolantTransform(network)), torch.get_rng_state()
-        quick(flow, x, callback=look)
-        assert torch.equal(torch.get_rng_state(), state)
-        found.append(weights_of(flow))
-        torch.randn(7)
-    assert equal(*found)
 
 
 class Sequences(nn.Module):

@@ -44,7 +44,7 @@ def by_hand(velocity, interpolant, t, w0, w1, *context):
 
 
 @pytest.mark.parametrize("name", INTERPOLANTS)
-@pytest.mark.parametrize(("times", "rows"), [((), (5,)), ((5,), (5,)), ((4, 1), (4, 3))])
+@pytest.mark.parametrize(("times", "rows"), [((), (5,)), ((4, 1), (4, 3))])
 def test_regression_loss_is_its_definition(name, times, rows):
     velocity = random_flow(3).velocity
     t, w0, w1 = torch.rand(times), torch.randn(*rows, 3), torch.randn(*rows, 3)
@@ -62,8 +62,7 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("target", ["velocity", "noise"])
-@pytest.mark.parametrize("context_dim", [0, 3])
+@pytest.mark.parametrize(("context_dim", "target"), [(0, "velocity"), (3, "noise")])
 @pytest.mark.parametrize("name", PATHS)
 def test_points_of_several_draws_are_those_of_each(name, context_dim, target):
     velocity, noise = (random_flow(2, context_dim=context_dim).velocity for _ in range(2))
@@ -98,11 +97,11 @@ EXPONENTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", EXPONENTS)
-def test_times_are_as_many_near_the_data_as_the_network_asks_for(name, dtype):
+def test_times_are_as_many_near_the_data_as_the_network_asks_for(name):
     """Between a and b lies the share (1 - a)^(1/p) - (1 - b)^(1/p) of all."""
     make, exponent = EXPONENTS[name]
+    dtype = torch.float32 if "many" in name else torch.float64
     dim = 9 if "many" in name or "given" in name else 2
     flow = InterpolantTransform(make(), event_dim=dim).to(dtype).flow
     base = WhitenedBase(None, flow.whitening)
@@ -121,7 +120,7 @@ def test_times_are_as_many_near_the_data_as_the_network_asks_for(name, dtype):
         assert share == pytest.approx(expected, abs=0.016)  # of 64 strata, one has an edge
 
 
-@pytest.mark.parametrize("exponent", [0.0, -1.0, float("inf"), float("nan"), "2"])
+@pytest.mark.parametrize("exponent", [0.0, float("nan")])
 def test_times_beyond_the_path_are_refused_when_a_transform_is_made(exponent):
     velocity = Own(2, 2)
     velocity.time_exponent = exponent
@@ -196,19 +195,11 @@ def test_given_base_draws_and_times_it_is_a_function():
 ONES = torch.ones(4, 2, dtype=torch.float32)
 BAD_ARGUMENTS = {
     "a column for two": ((ONES[:, :1], None, None), r"shape \(\*, 2\), got \(4, 1\)"),
-    "a number": ((ONES[0, 0], None, None), r"shape \(\*, 2\), got \(\)"),
     "a finer type": ((ONES.double(), None, None), "expected torch.float32"),
-    "a column of the base": ((ONES, ONES[:, :1], None), r"got \(4, 1\)"),
     "a label of no class": ((ONES[:2], None, torch.tensor([0, 7])), "labels from 0 to 2"),
     "base draws of others": ((ONES, ONES[:3], None), r"base draws for rows of shape \(4,\).*\(3,"),
-    "base draws of many": ((ONES[0], ONES, None), r"base draws for rows of shape \(\), .*\(4,\)"),
     "a column of times": ((ONES, None, None, ONES[:, :1]), r"times for .* \(4,\), .*got \(4, 1\)"),
-    "times of others": (
-        (ONES, None, None, ONES[:3, 0]),
-        r"times for .* shape \(4,\), .*got \(3,\)",
-    ),
     "times beyond": ((ONES, None, None, 1.5 * ONES[:, 0]), r"times in \[0, 1\], got 1.5 to 1.5"),
-    "a time beyond": ((ONES, None, None, -0.5), r"times in \[0, 1\], got -0.5 to -0.5"),
 }
 
 
@@ -266,8 +257,8 @@ def test_labels_may_be_whole_numbers():
         assert torch.equal(found, interpolant_loss(family, x1, context=column, **draws))
 
 
-@pytest.mark.parametrize("shape", [(), (6,), (2, 3)])
-def test_drawn_times_and_base_one_value_per_row(shape):
+def test_drawn_times_and_base_one_value_per_row():
+    shape = (2, 3)
     distribution, x1 = InterpolantDistribution(random_flow(2)), torch.randn(*shape, 2)
     first, second = (interpolant_loss(distribution, x1) for _ in range(2))
     assert first.shape == second.shape == shape
@@ -347,8 +338,10 @@ PERTURBATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", INTERPOLANTS)
-@pytest.mark.parametrize("change", PERTURBATIONS)
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(name, c) for i, c in enumerate(PERTURBATIONS) for name in [[*INTERPOLANTS][i % 2]]],
+)
 def test_the_closed_form_velocity_is_the_minimiser(name, change):
     interpolant = INTERPOLANTS[name]
     velocity = random_mixture(2, interpolant)
@@ -385,8 +378,6 @@ def test_whole_numbers_are_spread_or_refused():
     assert torch.allclose(found, expected)
     with pytest.raises(TypeError, match="floating type"):
         interpolant_loss(random_prior(2), torch.ones(5, 2, dtype=torch.int64))
-    with pytest.raises(TypeError, match="expected a value that is a tensor, got ndarray"):
-        interpolant_loss(random_prior(2), torch.ones(5, 2).numpy())
 
 
 def test_held_out_rows_are_coupled_with_the_draws_of_the_base_that_are_held_out():

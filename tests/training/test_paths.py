@@ -1,5 +1,7 @@
 """Rates given the points of paths: means over the rows that these may lead to."""
 
+from functools import partial
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -25,8 +27,7 @@ def of_all_rows(interpolant, t, x, rows):
     return noise.log_prob(x).softmax(0) @ rates
 
 
-@pytest.mark.parametrize("groups", [1, 7, 64])
-@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.parametrize(("dim", "groups"), [(3, 1), (1, 7)])
 @pytest.mark.parametrize("name", PATHS)
 def test_mean_rates_are_their_definition(name, dim, groups):
     t = 0.02 + 0.96 * torch.rand(groups, 1)
@@ -81,8 +82,9 @@ def test_paths_lead_to_rows_of_their_own_label():
         torch.testing.assert_close(found[3, label], expected)
 
 
-@pytest.mark.parametrize("name", PATHS)
-@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize(
+    ("name", "scale"), [(name, (1.0, 100.0)[i % 2]) for i, name in enumerate(PATHS)]
+)
 def test_in_single_precision_rates_near_the_data_are_right(name, scale):
     """Where probabilities cannot be told it is the path's own rate."""
     t = 1 - 10 ** -torch.linspace(0.1, 6.9, 64)[:, None]
@@ -118,30 +120,29 @@ OF_ONE_ROW = {
 }
 
 
-@pytest.mark.parametrize("name", [*OF_MANY_ROWS, *OF_ONE_ROW, "pairs"])
-def test_who_learns_from_mean_rates(name):
-    options = {**OF_MANY_ROWS, **OF_ONE_ROW, "pairs": {}}[name]
-    made = objective(**options)
-    dim = made.flow.event_dim
-    context = torch.randint(3, (256, 1)).double() if "classes" in options else None
-    context = torch.randn(256, 2) if "context_dim" in options else context
-    partner = torch.randn(256, dim) if name == "pairs" else None
-    rows = Rows(torch.randn(256, dim), context, partner)
-    torch.manual_seed(1)
-    pairs = made._pairs(rows, made.base, made.process)
-    torch.manual_seed(1)
-    ((points,),) = made.points([lambda: rows])
-    (own,) = path_points(made.flow.interpolant, *pairs[:3], target=made.target)
-    torch.testing.assert_close(points.w, own.w)
-    is_mean = not bool(torch.isclose(points.target, own.target).all())
-    assert is_mean == (name in OF_MANY_ROWS)
-    if "classes" in options:
-        expected = mean_rates(made.flow.interpolant, *own[:3], pairs.w1, 256, pairs.context)
-        torch.testing.assert_close(points.target, expected)
+def test_who_learns_from_mean_rates():
+    for name, options in {**OF_MANY_ROWS, **OF_ONE_ROW, "pairs": {}}.items():
+        made = objective(**options)
+        dim = made.flow.event_dim
+        context = torch.randint(3, (256, 1)).double() if "classes" in options else None
+        context = torch.randn(256, 2) if "context_dim" in options else context
+        partner = torch.randn(256, dim) if name == "pairs" else None
+        rows = Rows(torch.randn(256, dim), context, partner)
+        torch.manual_seed(1)
+        pairs = made._pairs(rows, made.base, made.process)
+        torch.manual_seed(1)
+        ((points,),) = made.points([partial(Rows, *rows)])
+        (own,) = path_points(made.flow.interpolant, *pairs[:3], target=made.target)
+        torch.testing.assert_close(points.w, own.w)
+        is_mean = not bool(torch.isclose(points.target, own.target).all())
+        assert is_mean == (name in OF_MANY_ROWS), name
+        if "classes" in options:
+            given = pairs.w1, 256, pairs.context
+            expected = mean_rates(made.flow.interpolant, *own[:3], *given)
+            torch.testing.assert_close(points.target, expected)
 
 
-@pytest.mark.parametrize("world", [2, 3, 8])
-@pytest.mark.parametrize("size", [256, 2048, 2**16])
+@pytest.mark.parametrize(("world", "size"), [(2, 256), (3, 2048), (8, 2**14)])
 def test_processes_together_have_the_points_of_one(world, size):
     """Rows of others, too, may be what a point of a process leads to."""
     x = torch.randn(size - size % world, 2)

@@ -5,15 +5,14 @@ import json
 import math
 import warnings
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from arrays import ArrowTable, PolarsFrame
+from arrays import PolarsFrame
 from pyro.distributions import constraints
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
@@ -25,10 +24,9 @@ from pyro_interpolant import (
     from_samples,
     interpolant_transform,
 )
-from pyro_interpolant.distributions.report import Report
 from pyro_interpolant.interpolants.couplings import independent
 from pyro_interpolant.nn import ImageVelocity
-from pyro_interpolant.training.checkpoint import Checkpoint, from_json, to_json
+from pyro_interpolant.training.checkpoint import from_json, to_json
 from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
 from pyro_interpolant.training.rows import row_keys
@@ -78,62 +76,35 @@ class Again:
             yield batch
 
 
-@pytest.mark.parametrize(
-    ("data", "stream"),
-    [
-        (torch.ones(3, 2), False),
-        (torch.ones(3, 2).numpy(), False),
-        ([[1.0, 2.0], [3.0, 4.0]], False),
-        ({"a": torch.ones(3)}, False),
-        ("text", False),
-        ([torch.ones(3, 2)], True),
-        ([torch.ones(3, 2).numpy()], True),
-        ([(torch.ones(3, 2), torch.ones(3, 1))], True),
-        ([{"a": torch.ones(3)}], True),
-        ([PolarsFrame(a=np.ones(3))], True),
-        ([(ArrowTable(a=np.ones(3)),)], True),
-        ([np.float64(1.0), np.float64(2.0)], False),
-        (DataLoader(torch.ones(3, 2)), True),
-        (Again(lambda _: []), True),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_what_is_an_iterable_of_batches(data, stream):
-    assert is_stream(data) == stream
+def test_what_is_an_iterable_of_batches():
+    one = torch.ones(3, 2)
+    batches = [one], [one.numpy()], [(one, one[:, 0])], [{"a": one}], DataLoader(one)
+    tables = one, one.numpy(), one.tolist(), {"a": one}, "text", [np.float64(1.0)]
+    assert all(map(is_stream, (*batches, Again(lambda _: []), [PolarsFrame(a=np.ones(3))])))
+    assert not any(map(is_stream, tables))
 
 
 LOADERS = {
     "list": lambda x: list(x.split(77)),
-    "arrays": lambda x: [part.numpy() for part in x.split(50)],
-    "loader": lambda x: DataLoader(TensorDataset(x), batch_size=100),
     "shuffled": lambda x: DataLoader(x, batch_size=70, shuffle=True),
-    "iterable": lambda x: Again(lambda _: x.split(130)),
 }
 
 
-def learned(data, held):
-    flow, rate = made(), {"steps": 250, "learning_rate": 5e-3}
-    more = {"validation": held, "tolerance": 1e-2, "batch_size": 256}
-    return flow, fit(flow, data, **{**QUICK, **rate, **more})
-
-
-@pytest.fixture(scope="module")
-def on_the_table(_clean_module):
-    """Rows, others held out, and what is learned of a table: no run here is a small one."""
-    x, held = rows(2600).split((2000, 600))  # with rows held out of each, losses differ by those
-    return x, held, *learned(x, held)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LOADERS)
-def test_a_run_on_batches_is_as_good_as_one_on_the_table(name, on_the_table, monkeypatch):
+def test_a_run_on_batches_is_as_good_as_one_on_the_table(monkeypatch):
     monkeypatch.undo()  # both are judged by as many held-out rows as there ever are
-    x, held, table, expected = on_the_table
-    stream, found = learned(LOADERS[name](x), held)
-    assert found.validation_losses[-1] == pytest.approx(expected.validation_losses[-1], abs=0.06)
+    x, held = rows(2600).split((2000, 600))  # with rows held out of each, losses differ by those
+    options = {**QUICK, "steps": 250, "learning_rate": 5e-3, "batch_size": 256}
+    flows = made(), made()
+    losses = [
+        fit(flow, data, **options, validation=held).validation_losses[-1]
+        for flow, data in zip(flows, (x, LOADERS["shuffled"](x)), strict=True)
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=0.06)
     with torch.no_grad():
-        assert float((table.log_prob(x) - stream.log_prob(x)).mean()) == pytest.approx(0, abs=0.06)
-    torch.testing.assert_close(stream.transform.flow.loc, x.mean(0), rtol=0, atol=0.1)
+        table, stream = (flow.log_prob(x) for flow in flows)
+    assert float((table - stream).mean()) == pytest.approx(0, abs=0.06)
+    torch.testing.assert_close(flows[1].transform.flow.loc, x.mean(0), rtol=0, atol=0.1)
 
 
 @pytest.mark.slow
@@ -200,42 +171,35 @@ def test_rows_that_repeat_train_as_often_as_in_a_table():
 
 
 @pytest.mark.filterwarnings("ignore:columns .* repeat")
-def test_rows_with_other_contexts_are_other_rows():
+def test_rows_with_other_contexts_are_other_rows_and_keep_their_contexts():
     """Many simulations of each of few parameters."""
     x, context = rows(20).repeat(50, 1), torch.rand(1000, 1)
     data = list(zip(x.split(100), context.split(100), strict=True))
     held, seen = one_pass(data, made_conditional())
     assert len(held) == 100
     assert len({tuple(row) for row in seen[:, :2].tolist()}) == 20
+    given = torch.cat((x, context), -1).tolist()
+    assert sorted(torch.cat((held, seen)).tolist()) == sorted(given)
 
 
 @pytest.mark.filterwarnings("ignore:columns .* repeat")
-@pytest.mark.parametrize(
-    ("x", "share", "count"),
-    [
-        (rows(2), 0.1, 1),
-        (rows(2), 0.99, 1),
-        (rows(150).repeat(2, 1), 0.1, 30),
-        (rows(5).repeat(9, 1), 0.1, 9),
-        (rows(30), 0.99, 29),
-        (torch.cat((rows(2)[:1].repeat(9, 1), rows(2)[1:])), 0.5, None),
-    ],
-)
-def test_one_row_is_held_out_at_least_and_one_is_left(x, share, count):
-    held, seen = one_pass(list(x.split(7)), share=share)
-    assert len(held) in ((1, 9) if count is None else (count,))
-    assert len(held) + len(seen) == len(x)
+def test_one_row_is_held_out_at_least_and_one_is_left():
+    often = torch.cat((rows(2)[:1].repeat(9, 1), rows(2)[1:]))
+    for x, share, counts in (
+        (rows(2), 0.1, (1,)),
+        (rows(2), 0.99, (1,)),
+        (rows(150).repeat(2, 1), 0.1, (30,)),
+        (rows(5).repeat(9, 1), 0.1, (9,)),
+        (rows(30), 0.99, (29,)),
+        (often, 0.5, (1, 9)),
+    ):
+        held, seen = one_pass(list(x.split(7)), share=share)
+        assert len(held) in counts, (len(x), share)
+        assert len(held) + len(seen) == len(x)
 
 
 @pytest.mark.filterwarnings("ignore:columns .* repeat")
-def test_rows_that_are_all_equal_are_refused():
-    with pytest.raises(ValueError, match="expected rows that differ, got 9 that are equal"):
-        fit(made(), list(rows(1).repeat(9, 1).split(5)), **QUICK)
-
-
-@pytest.mark.filterwarnings("ignore:columns .* repeat")
-@pytest.mark.parametrize("most_held", [8192, 200])  # which are then candidates now and then
-@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize(("dim", "most_held"), [(1, 8192), (2, 200)])  # 200: now and then one
 def test_of_a_value_with_a_share_of_all_rows_as_many_are_held_out(dim, most_held):
     x = torch.randn(4000, dim)
     x[torch.rand(4000) < 0.3] = 0.0
@@ -251,17 +215,16 @@ def test_of_a_value_with_a_share_of_all_rows_as_many_are_held_out(dim, most_held
     assert float((seen == 0).all(1).double().mean()) == pytest.approx(share, abs=0.03)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:columns .* repeat")
 def test_batches_may_be_of_one_row():
-    x = torch.zeros(3000, 2)
-    x[torch.rand(3000) < 0.2] = 1.0
+    x = torch.zeros(600, 2)
+    x[torch.rand(600) < 0.2] = 1.0
     stream = Stream(made(), list(x.split(1)), 0.1)
     found = stream.split(Process(), 50)
     batches = stream.batches(found, unwhitened(stream.distribution))
-    seen = torch.cat([batches.next_rows().w for _ in range(52)])  # nearly one pass
-    assert len(found.held.w) == 300
-    assert batches.position <= 3000
+    seen = torch.cat([batches.next_rows().w for _ in range(8)])  # nearly one pass
+    assert len(found.held.w) == 60
+    assert batches.position <= 600
     assert float(seen[:, 0].mean()) == pytest.approx(float(x[:, 0].mean()), abs=0.03)
 
 
@@ -275,21 +238,14 @@ def test_a_first_batch_of_no_weight_is_passed_over():
         from_samples(none, **QUICK)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_empty_batches_are_passed_over(weighted):
+def test_empty_batches_are_passed_over():
     x, empty = rows(600), rows(600)[:0]
     batches = [empty, x[:400], empty, x[400:]]
-    if weighted:
-        batches = [(b, b.new_ones(len(b))) for b in batches]
-    found = Stream(made(), batches, 0.1).split(Process(), 50)
-    assert len(torch.cat((found.held.w, found.kept.w))) == 600
-    assert torch.equal(first_rows(batches)[1], x[:400])
-    with pytest.raises(ValueError, match="expected batches of rows, got an iterable without any"):
-        from_samples(batches[:1], **QUICK)
-    with pytest.raises(ValueError, match="got an iterable with 0 rows"):
-        fit(made(), batches[:1], **QUICK)
-    with pytest.raises(ValueError, match="in batch 0, .*as many .*weights as rows, got 3"):
-        fit(made(), [(empty, torch.ones(3))], **QUICK)
+    weighted = [(b, b.new_ones(len(b))) for b in batches]
+    for data in (batches, weighted):
+        found = Stream(made(), data, 0.1).split(Process(), 50)
+        assert len(torch.cat((found.held.w, found.kept.w))) == 600
+        assert torch.equal(first_rows(data)[1], x[:400])
     named = {"a": empty[:, 0]}, {"a": x[:, 0]}
     assert torch.equal(first_rows(named)[1]["a"], x[:, 0])
     sites = {"a": ((), constraints.real)}
@@ -304,7 +260,7 @@ def test_whole_numbers_are_held_out_and_trained_on():
     assert len(found.held.w.unique()) == len(found.kept.w.unique()) == 20
 
 
-@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e200])
+@pytest.mark.parametrize("scale", [1e-300, 1e200])
 def test_weights_may_be_of_any_size(scale):
     x, weights = rows(600), torch.rand(600)
     found = [
@@ -352,13 +308,6 @@ def test_rows_that_are_left_of_a_batch_keep_their_contexts():
         assert torch.equal(*(getattr(each, name) for each in found))
 
 
-def test_rows_of_no_weight_at_the_start_may_hold_anything():
-    x, weights = rows(600), torch.ones(600)
-    x[0], weights[0] = math.nan, 0.0
-    batches = list(zip(x.split(300), weights.split(300), strict=True))
-    assert from_samples(batches, **QUICK).report.rows == 599
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:columns .* repeat")
 def test_a_table_without_end_keeps_its_rows():
@@ -374,25 +323,24 @@ def test_a_table_without_end_keeps_its_rows():
     assert seen | held == {tuple(row) for row in x.tolist()}
 
 
-GRIDS = {
-    "binary": torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 12),
-    "line": torch.linspace(-1, 1, 4096)[:, None],
-    "whole": torch.arange(4096.0)[:, None],
-    "short": torch.randn(4096, 2).bfloat16(),
-    "levels": torch.cartesian_prod(torch.arange(64), torch.arange(64)).to(torch.uint8),
-}
-
-
-@pytest.mark.parametrize("name", GRIDS)
-def test_keys_are_as_if_at_random(name):
-    keys = row_keys(GRIDS[name])
-    assert len(keys.unique()) == len(GRIDS[name].unique(dim=0)) > 4000
-    u = (keys.double() / 2.0**64 + 0.5).sort().values
-    even = (torch.arange(4096) + 0.5) / 4096
-    assert float((u - even).abs().max()) < 2 / 64  # Kolmogorov's: 1.95 at a chance of 0.001
-    order = keys.argsort().argsort().double()
-    both = torch.stack((order, torch.arange(4096.0)))
-    assert abs(float(both.corrcoef()[0, 1])) < 4 / 64
+def test_keys_are_as_if_at_random():
+    grids = {
+        "binary": torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 12),
+        "line": torch.linspace(-1, 1, 4096)[:, None],
+        "whole": torch.arange(4096.0)[:, None],
+        "short": torch.randn(4096, 2).bfloat16(),
+        "levels": torch.cartesian_prod(torch.arange(64), torch.arange(64)).to(torch.uint8),
+    }
+    for name, grid in grids.items():
+        keys = row_keys(grid)
+        assert len(keys.unique()) == len(grid.unique(dim=0)) > 4000, name
+        u = (keys.double() / 2.0**64 + 0.5).sort().values
+        even = (torch.arange(4096) + 0.5) / 4096
+        # Kolmogorov's: 1.95 at a chance of 0.001
+        assert float((u - even).abs().max()) < 2 / 64, name
+        order = keys.argsort().argsort().double()
+        both = torch.stack((order, torch.arange(4096.0)))
+        assert abs(float(both.corrcoef()[0, 1])) < 4 / 64, name
 
 
 @pytest.mark.slow
@@ -418,23 +366,6 @@ def test_of_many_columns_a_map_has_more_rows_than_there_are_columns(monkeypatch)
     assert 5 * 30 <= len(kept.w) <= 10 * 30
 
 
-def test_rows_whose_keys_are_the_same_by_chance_differ_by_their_places_in_a_pass():
-    """In whichever batch they are: of one that is held out the other need not be."""
-    distribution, x = made(), torch.randn(4, 2)
-    stream = Stream(distribution, [x[:2], x[2:]], x)
-    split = stream.split(Process(), 2)
-    batches = stream.batches(split, unwhitened(distribution))
-    seen = []
-    stream.held_keys = SimpleNamespace(
-        mark=lambda keys, start: seen.append((len(keys), start)) or torch.zeros(len(keys)).bool()
-    )
-    for _ in range(3):
-        batches._from_stream()
-    (_, first), (_, second), (_, again) = seen
-    assert second - first >= 2
-    assert again == first  # of the next pass
-
-
 @pytest.mark.slow
 def test_without_moments_the_first_pass_reads_no_more_than_it_needs():
     x = rows(600)
@@ -452,6 +383,7 @@ def test_without_moments_the_first_pass_reads_no_more_than_it_needs():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # after one step
 def test_weights_decay_by_the_number_of_training_rows(monkeypatch):
     optimizer, found = torch.optim.AdamW, []
 
@@ -460,14 +392,14 @@ def test_weights_decay_by_the_number_of_training_rows(monkeypatch):
         return optimizer(*args, **kwargs)
 
     monkeypatch.setattr(torch.optim, "AdamW", noted)
-    x = rows(2000)
+    x, options = rows(2000), {**QUICK, "steps": 1, "tolerance": 1e3}
     batches = list(x.split(100))
-    fit(made(), x, **QUICK)
-    fit(made(), batches, **QUICK)
-    fit(made(), x[:100], batch_size=50, **QUICK)
-    fit(made(), x, weight_decay=0.3, **QUICK)
+    fit(made(), x, **options)
+    fit(made(), batches, **options)
+    fit(made(), x[:100], batch_size=50, **options)
+    fit(made(), x, weight_decay=0.3, **options)
     # Nobody has counted these.
-    fit(made(), batches, whiten=False, validation=x[:50], **QUICK)
+    fit(made(), batches, whiten=False, validation=x[:50], **options)
     assert found == pytest.approx([(140 / 1800) ** 2, (140 / 1800) ** 2, 0.5, 0.3, 0.0])
 
 
@@ -519,21 +451,6 @@ def test_loaders_of_single_rows_give_batches():
     assert set(steps) == {64}
 
 
-def test_a_sampler_ahead_of_its_workers_is_no_place_to_resume_from():
-    class Sampler(list):
-        def state_dict(self):
-            return {}
-
-        def load_state_dict(self, state):
-            pass
-
-    sampler, distribution = Sampler(range(600)), made()
-    for workers, owner in ((0, sampler), (1, None)):
-        loader = DataLoader(rows(), batch_size=60, sampler=sampler, num_workers=workers)
-        found = Stream(distribution, loader, 0.1).state_owner()
-        assert found is owner
-
-
 def test_rows_without_weight_are_absent():
     x = rows(200)
     bad = torch.full((100, 2), torch.nan)
@@ -543,22 +460,8 @@ def test_rows_without_weight_are_absent():
         (x[100:], torch.ones(100).bool()),
     ]
     flow = made()
-    fit(flow, parts, validation=x[:10], **QUICK)
+    fit(flow, parts, validation=x[:10], **{**QUICK, "steps": 3})
     torch.testing.assert_close(flow.transform.flow.loc, x.mean(0))
-    with pytest.raises(ValueError, match="got an iterable with 0 rows"):
-        fit(made(), parts[1:2], **QUICK)
-
-
-@pytest.mark.usefixtures("_learned")
-@pytest.mark.slow
-def test_a_conditional_flow_learns_from_batches_with_contexts():
-    context = torch.rand(3000, 1)
-    x = 4 * context + 0.1 * torch.randn(3000, 2)
-    distribution = made_conditional()
-    loader = DataLoader(TensorDataset(x, context), batch_size=128, shuffle=True)
-    fit(distribution, loader, **{**QUICK, "steps": 300}, learning_rate=5e-3)
-    given = distribution.condition(torch.tensor([[0.2], [0.8]])).sample((300,)).mean(0)
-    torch.testing.assert_close(given.mean(-1), torch.tensor([0.8, 3.2]), rtol=0, atol=0.3)
 
 
 @pytest.mark.slow
@@ -571,27 +474,18 @@ def test_batches_with_contexts_and_held_out_rows_with_theirs():
     torch.testing.assert_close(distribution.transform.flow.loc, x.mean(0))
 
 
-@pytest.mark.usefixtures("_learned")
-@pytest.mark.slow
-def test_weights_come_as_the_last_part():
+def test_weights_come_as_the_last_part_and_rows_in_their_proportion():
     x = torch.cat((torch.randn(1000, 1) * 0.3 - 2, torch.randn(1000, 1) * 0.3 + 2))
     weights = torch.cat((torch.ones(1000), 4 * torch.ones(1000)))
     order = torch.randperm(2000)
-    loader = DataLoader(TensorDataset(x[order], weights[order]), batch_size=200)
-    distribution = InterpolantDistribution(interpolant_transform(1, (32, 32)))
-    fit(distribution, loader, **{**QUICK, "steps": 350}, learning_rate=5e-3)
-    share = float((distribution.sample((4000,)) > 0).double().mean())
-    assert share == pytest.approx(0.8, abs=0.06)
-    assert float(distribution.transform.flow.loc) == pytest.approx(1.2, abs=0.1)
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_weights_come_with_all_batches_or_with_none(first):
-    x, weights = rows(), torch.ones(100)
-    batches = [(b, weights) if first == (i < 3) else b for i, b in enumerate(x.split(100))]
-    got = "none after others with them" if first else "some after others without"
-    with pytest.raises(ValueError, match=f"batch 3, .*in all batches or in none, got {got}"):
-        fit(made(), batches, **QUICK)
+    data = list(zip(x[order].split(200), weights[order].split(200), strict=True))
+    batches = batches_of(made(1), data)
+    seen = torch.cat([batches.next_rows().w for _ in range(60)])
+    # Of nearly each row once or four times in a few passes.
+    assert float((seen > 0).double().mean()) == pytest.approx(0.8, abs=0.03)
+    flow = made(1)
+    fit(flow, data, **{**QUICK, "steps": 3})
+    assert float(flow.transform.flow.loc) == pytest.approx(1.2, abs=0.1)
 
 
 def test_from_samples_takes_batches_of_named_draws():
@@ -603,102 +497,57 @@ def test_from_samples_takes_batches_of_named_draws():
     assert found.report.rows == 300
 
 
-def test_from_samples_takes_batches():
-    x = rows().float()
-    found = from_samples(LOADERS["shuffled"](x), seed=0, steps=5, progress=False)
+def test_from_samples_takes_batches_in_their_type():
+    found = from_samples(LOADERS["shuffled"](rows().float()), seed=0, steps=5, progress=False)
     assert found.sample((3,)).dtype == torch.float32
-    again = from_samples(LOADERS["shuffled"](x), seed=0, steps=5, progress=False)
-    assert same(found, again)
-    with pytest.raises(ValueError, match="used up after once"):
-        from_samples((part for part in x.split(9)), steps=5)
-    with pytest.raises(ValueError, match="an iterable without any"):
-        from_samples(Again(lambda _: []), steps=5)
 
 
-X = rows(100).double()
-
-
-class Single(Dataset):
-    """One row at a time, as datasets give them."""
-
-    def __len__(self):
-        return 50
-
-    def __getitem__(self, index):
-        if index >= 50:
-            raise IndexError
-        return X[index]
-
-
-def nan_at(place, value=math.nan):
-    parts = [part.clone() for part in X.split(20)]
-    parts[place][3] = value
-    return parts
-
-
+LINE = torch.arange(200.0).reshape(100, 2).cos()
+ONE = torch.ones(100)
+NAN = LINE.masked_fill((LINE == LINE[3])[:, :1], math.nan)
 BAD = {
-    "generator": (lambda: (part for part in X.split(9)), ValueError, "a generator, .* used up"),
-    "iterator": (lambda: iter(X.split(9)), ValueError, "_iterator, which is used up"),
-    "shape": (lambda: [X, X[:, :1]], ValueError, r"in batch 1, .*\(N, 2\), got \(100, 1\)"),
-    "integers": (lambda: [X, X, X.long()], TypeError, "in batch 2, .*floating type"),
-    "nan": (lambda: nan_at(4), ValueError, "in batch 4, .*finite data.*being row 3"),
-    "inf": (lambda: nan_at(2, math.inf), ValueError, "in batch 2, .*finite data"),
-    "parts": (lambda: [(X, X, X)], ValueError, "in batch 0, .*expected rows, .*got 3 parts"),
-    "labels": (lambda: [(X, X[:, 0].long())], TypeError, "in batch 0, .*got torch.int64.*labels"),
-    "weights": (lambda: [(X, -X[:, 0])], ValueError, "in batch 0, .*non-negative weights"),
-    "dataset": (Single, ValueError, r"in batch 0, .*shape \(N, 2\), got \(2,\)"),
-    "empty": (lambda: Again(lambda _: []), ValueError, "an iterable with 0 rows"),
-    "text": (lambda: Again(lambda _: ["a"]), TypeError, "in batch 0, .*tensor or an array"),
-    "few": (lambda: [X[:2]], ValueError, "more rows than dimensions"),
+    "shape": ([LINE, LINE[:, :1]], {}, ValueError, r"in batch 1, .*\(N, 2\), got \(100, 1\)"),
+    "integers": ([LINE, LINE.long()], {}, TypeError, "in batch 1, .*floating type"),
+    "nan": ([LINE, NAN], {}, ValueError, "in batch 1, .*finite data.*being row 3"),
+    "parts": ([(LINE, LINE, LINE)], {}, ValueError, "in batch 0, .*expected rows, .*got 3 parts"),
+    "labels": ([(LINE, ONE.long())], {}, TypeError, "in batch 0, .*got torch.int64.*labels"),
+    "weights": ([(LINE, -ONE)], {}, ValueError, "in batch 0, .*non-negative weights"),
+    "some weights": ([LINE, (LINE, ONE)], {}, ValueError, "batch 1, .*in all batches or in none"),
+    "then none": ([(LINE, ONE), LINE], {}, ValueError, "batch 1, .*none after others with them"),
+    "no weight": ([(LINE, 0 * ONE)], {}, ValueError, "an iterable with 0 rows"),
+    "empty": (DataLoader([], batch_size=2), {}, ValueError, "an iterable with 0 rows"),
+    "few": ([LINE[:2]], {}, ValueError, "more rows than dimensions"),
+    "equal": ([LINE[:1].repeat(9, 1)], {}, ValueError, "rows that differ, got 9 that are equal"),
+    "a generator": ((part for part in [LINE]), {}, ValueError, "a generator, .* used up"),
+    "contexts": ([LINE], {"context": LINE}, ValueError, "got context beside an iterable"),
+    "pairs": ([LINE], {"pairs": LINE}, ValueError, "got pairs beside an iterable"),
+    "a mask": ([LINE], {"validation": ONE > 0}, ValueError, "a share for validation, or rows, b"),
+    "batch size": ([LINE], {"batch_size": 0}, ValueError, "batch_size >= 1, a whole number"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:columns .* repeat")
 @pytest.mark.parametrize("name", BAD)
 def test_bad_batches_are_refused_and_named(name):
-    make, kind, message = BAD[name]
+    data, options, kind, message = BAD[name]
     distribution = made()
     before = {k: v.clone() for k, v in distribution.transform.state_dict().items()}
     with pytest.raises(kind, match=f"(?s){message}"):
-        fit(distribution, make(), **QUICK)
+        fit(distribution, data, **options, **QUICK)
     after = distribution.transform.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
+    if name == "shape":
+        with pytest.raises(ValueError, match=r"in batch 0, .*\(rows, contexts\).*got 1 parts"):
+            fit(made_conditional(), data, **QUICK)
 
 
-def test_a_conditional_flow_wants_contexts_in_its_batches():
-    with pytest.raises(
-        ValueError, match=r"in batch 0, .*expected \(rows, contexts\).*got 1 parts"
-    ):
-        fit(made_conditional(), [X], **QUICK)
-
-
-@pytest.mark.parametrize("name", ["context", "pairs", "weights"])
-def test_what_belongs_to_rows_comes_in_the_batches(name):
-    with pytest.raises(ValueError, match=f"got {name} beside an iterable"):
-        fit(made(), [X], **{name: X}, **QUICK)
-
-
-@pytest.mark.parametrize("size", [1, 10], ids=["one by one", "masked"])
-def test_a_stream_may_begin_with_fewer_than_two_rows(size):
-    seen = torch.arange(len(X)) >= (size if size > 1 else 0)
-    parts = list(zip(X.split(size), seen.split(size), strict=True))
-    split = Stream(made(), parts, X, anew=False).split(Process(), None)
-    assert len(split.kept.w) >= 2
-
-
-def test_the_batch_size_of_a_stream_is_checked():
-    with pytest.raises(ValueError, match="batch_size >= 1, a whole number, got 0"):
-        fit(made(), [X], batch_size=0, **QUICK)
-    with pytest.raises(ValueError, match="batch_size >= 1, a whole number, got '64'"):
-        fit(made(), [X], batch_size="64", **QUICK)
-
-
-def test_an_iterable_may_refuse_to_tell_its_length():
-    class Endless(Again):
-        def __len__(self):
-            raise NotImplementedError
-
-    stream = Stream(made(), Endless(lambda _: X.split(20)), 0.1)
-    assert stream.split(Process(), None).rows == len(X)
+def test_a_stream_may_begin_with_fewer_than_two_rows():
+    x = rows(100)
+    for size, first in (1, 0), (10, 10):
+        seen = torch.arange(100) >= first
+        parts = list(zip(x.split(size), seen.split(size), strict=True))
+        split = Stream(made(), parts, x, anew=False).split(Process(), None)
+        assert len(split.kept.w) >= 2
 
 
 @pytest.mark.slow
@@ -766,8 +615,7 @@ class Stateful:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [None, 1, 7])
-@pytest.mark.parametrize("kind", ["stateful", "list", "shuffled"])
+@pytest.mark.parametrize(("kind", "every"), [("stateful", 1), ("list", 7), ("shuffled", None)])
 def test_a_run_on_batches_resumes_to_the_same_bits(kind, every, tmp_path):
     def loader():
         return Stateful(rows(), 70) if kind == "stateful" else LOADERS[kind](rows())
@@ -801,17 +649,15 @@ def started(path, data):
     return flow
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["list", "shuffled"])
-def test_a_run_on_other_rows_is_not_resumed(kind, tmp_path):
-    started(tmp_path / "run", LOADERS[kind](rows()))
+def test_a_run_on_other_rows_is_not_resumed(tmp_path):
+    started(tmp_path / "run", LOADERS["list"](rows()))
     flow = made()
     before = {k: v.clone() for k, v in flow.transform.state_dict().items()}
     with (
         pytest.warns(UserWarning, match="to the bit only if"),
         pytest.raises(ValueError, match=r"expected the 600 rows with which .* began, got 599"),
     ):
-        fit(flow, LOADERS[kind](rows(599)), checkpoint=tmp_path / "run", **QUICK)
+        fit(flow, LOADERS["list"](rows(599)), checkpoint=tmp_path / "run", **QUICK)
     after = flow.transform.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
 
@@ -842,20 +688,6 @@ def test_rows_in_another_order_are_the_same_rows(tmp_path):
     assert torch.equal(flow.transform.flow.loc, first.transform.flow.loc)
 
 
-@pytest.mark.slow
-def test_a_state_that_does_not_tell_of_its_rows_is_refused(tmp_path):
-    started(tmp_path / "run", LOADERS["list"](rows()))
-    kept = Checkpoint(tmp_path / "run", None, [], torch.device("cpu"))
-    kept.identity, kept.initial = kept.numbers["identity"], kept.tensors["initial"]
-    batches = {**kept.numbers["batches"], "surveyed": None}
-    kept.write(kept.tensors, {**kept.numbers, "batches": batches})
-    with (
-        pytest.warns(UserWarning, match="to the bit only if"),
-        pytest.raises(ValueError, match="which rows the iterable gave, .* an earlier version"),
-    ):
-        fit(made(), LOADERS["list"](rows()), checkpoint=tmp_path / "run", **QUICK)
-
-
 def test_the_state_of_a_sampler_is_found():
     class Sampler(Stateful):
         def __iter__(self):
@@ -865,7 +697,9 @@ def test_the_state_of_a_sampler_is_found():
     loader = DataLoader(rows(), batch_size=60, sampler=sampler)
     assert Stream(made(), loader, 0.1).state_owner() is sampler
     plain = DataLoader(rows(), batch_size=60, shuffle=True)
-    assert Stream(made(), plain, 0.1).state_owner() is None
+    ahead = DataLoader(rows(), batch_size=60, sampler=sampler, num_workers=1)
+    for other in (plain, ahead):  # workers are further than what they gave
+        assert Stream(made(), other, 0.1).state_owner() is None
 
 
 def test_states_are_packed_without_pickling():
@@ -893,16 +727,6 @@ def test_frames_of_a_stream_are_taken_by_their_columns():
     fit(held, parts[:1], validation=parts[1], **{**QUICK, "steps": 3})
     assert held.columns == ("b", "a")
     assert (held.transform.flow.loc.flip(0) - loc).abs().max() < 0.3
-
-
-def test_an_empty_batch_without_names_leaves_the_order_of_the_columns():
-    pd = pytest.importorskip("pandas")
-    frame = pd.DataFrame({"b": torch.ones(3).numpy(), "a": torch.zeros(3).numpy()})
-    flow = made()
-    flow.columns, flow.report = ("a", "b"), Report(2, 3, 0.1, 1, 1)
-    stream = Stream(flow, [rows(0), frame], 0.1)
-    found = [stream.rows(batch, i).w for i, batch in enumerate(stream.iterable)]
-    assert torch.equal(torch.cat(found), torch.tensor([[0.0, 1.0]] * 3))
 
 
 def test_a_network_is_told_of_a_stream_whose_map_is_kept():
@@ -935,11 +759,6 @@ def test_an_iterable_may_fill_one_tensor_anew_with_each_batch():
         found.append(flow)
     assert same(*found)
     assert torch.equal(*(flow.transform.flow.loc for flow in found))
-
-
-def test_a_mask_of_rows_is_refused_beside_an_iterable():
-    with pytest.raises(ValueError, match="a share for validation, or rows, beside an iterable"):
-        fit(made(), list(rows().split(100)), validation=torch.arange(20) < 5, **QUICK)
 
 
 def test_rows_on_another_scale_than_the_levels_of_a_stream_are_refused():
