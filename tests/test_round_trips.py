@@ -32,7 +32,6 @@ from pyro_interpolant import (
     Interpolant,
     InterpolantDistribution,
     InterpolantTransform,
-    Latent,
     LearnedInterpolant,
     Linear,
     Samples,
@@ -42,8 +41,6 @@ from pyro_interpolant import (
     save,
 )
 from pyro_interpolant.distributions.differences import difference
-from pyro_interpolant.transforms import DenseWhitening
-from pyro_interpolant.transport.distillation import StudentTransforms
 
 A = torch.tensor([0.3, -0.7], dtype=torch.float64)
 B = torch.tensor([1.3, 2.7], dtype=torch.float64)
@@ -115,7 +112,6 @@ MORE_SUPPORTS = {
     "nested stack": constraints.stack(
         [constraints.greater_than(2.0), constraints.independent(constraints.real, 0)], dim=-1
     ),
-    "real": constraints.real,
     "unprintable": constraints.interval(0.1 + 0.2, 1e300 / 3),
 }
 
@@ -302,10 +298,6 @@ class OwnNormal(dist.Normal):
     """A user's own distribution."""
 
 
-class OwnWhitening(DenseWhitening):
-    """A subclass, likewise."""
-
-
 class OwnGrid(FixedGrid):
     """A subclass, likewise."""
 
@@ -340,7 +332,6 @@ REFUSED = [
     (lambda: flow(OwnNormal(A, B).to_event(1)), VALUE, "a base from pyro.*, got a OwnNormal"),
     (lambda: flow(transformed(normal(), maps.affine_autoregressive(2))), VALUE, "AffineAutoreg"),
     (lambda: flow(dist.MaskedDistribution(flow(), mask=True)), VALUE, "InterpolantDistribution"),
-    (lambda: flow(whitening=OwnWhitening(2)), VALUE, "a whitening of this package, got a Own"),
     (lambda: flow(solver=OwnGrid(8)), VALUE, "a solver of this package, got a OwnGrid"),
     (lambda: own_flow(own_flow()), VALUE, "velocity is a OwnVelocity"),  # one can be passed in
     (
@@ -358,11 +349,6 @@ REFUSED = [
     (lambda: flow().at(0.5), VALUE, "a flow that owns its weights: save the one it came from"),
     (lambda: VelocityMLP(2), TYPE, "of this package.*got VelocityMLP"),
     (lambda: AutoInterpolant(lambda: None), TYPE, r"of a guide, save its get_posterior\(\)"),
-    (
-        lambda: StudentTransforms([maps.ExpTransform()]).over(torch.zeros(2)),
-        TYPE,
-        r"got Student: .* torch.save\(",
-    ),
 ]
 
 
@@ -402,11 +388,6 @@ class Net(OwnVelocity):
         return self.scale * self.out(h)
 
 
-class Noisy(Net):
-    def forward(self, t, x, context=None):
-        return super().forward(t, x) + torch.randn_like(x)
-
-
 class Mixed(OwnVelocity):
     """A velocity with a buffer of a finer type, a count, and one weight under two names."""
 
@@ -427,11 +408,6 @@ class OwnInterpolant(Interpolant):
 
 class OwnWaves(LearnedInterpolant):
     """A user's own interpolant with tensors."""
-
-
-class OwnGamma:
-    def __call__(self, t):
-        return 0.3 * torch.sin(torch.pi * t) ** 2
 
 
 def test_a_velocity_of_ones_own_is_passed_in(path):
@@ -476,14 +452,6 @@ def test_an_interpolant_with_tensors_is_copied(path):
     assert not passed.waves.any()
 
 
-def test_a_function_of_ones_own_inside_a_choice(path):
-    own = Latent(Linear(), OwnGamma())
-    found = load_of(flow(interpolant=own), path, interpolant=own)
-    assert found.transform.interpolant.gamma is own.gamma
-    with pytest.raises(ValueError, match="the flow's interpolant is a Latent: pass an instance"):
-        load(path)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_velocity_that_computes_something_else_is_refused(dtype, path):
     found = load_of(own_flow(network=Net()).to(dtype), path, velocity=Net())
@@ -498,26 +466,12 @@ def test_values_of_a_velocity_are_compared_up_to_rounding_where_a_file_has_them(
     save(own_flow(network=Net()), path)
     header, tensors = io.read(path, framework="pt")
     own = header["own"]["velocity"]
-    assert len(own["values"]) == 4
-
-    def loaded(network):
-        io.write(path, tensors, {"pyro_interpolant": json.dumps(header)})
-        return load(path, velocity=network).transform.velocity
-
     own["values"] = [1.003 * value for value in own["values"]]  # of another machine
-    loaded(Net())
-    own["values"].pop()
-    with pytest.raises(ValueError, match="damaged or was edited"):
-        loaded(Net())
+    io.write(path, tensors, {"pyro_interpolant": json.dumps(header)})
+    load(path, velocity=Net())
     del header["own"], header["levels"]  # of an earlier version
-    assert loaded(Net(torch.relu)).activation is torch.relu
-
-
-def test_a_velocity_that_draws_is_saved_and_loaded_without_values(path):
-    network = Noisy()
-    found = load_of(own_flow(network=network), path, velocity=Noisy())
-    assert difference(network.state_dict(), found.transform.velocity.state_dict()) is None
-    assert io.read(path)[0]["own"]["velocity"]["values"] is None
+    io.write(path, tensors, {"pyro_interpolant": json.dumps(header)})
+    assert load(path, velocity=Net(torch.relu)).transform.velocity.activation is torch.relu
 
 
 def test_flows_that_are_given_one_network_do_not_share_it(path):
