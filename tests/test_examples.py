@@ -74,16 +74,6 @@ def test_the_benchmark_runs(name, run, tmp_path):
     assert run(BENCHMARKS / name, *arguments, cwd=tmp_path).strip()
 
 
-@pytest.mark.release
-def test_a_benchmark_asked_for_other_settings_measures_anew(run, tmp_path):
-    out = tmp_path / "lines.jsonl"
-    few = ("--only", "gaussian", "--dims", "2", "--seeds", "1", "--methods", "trigonometric")
-    for steps, lines in (("5", 1), ("6", 2), ("5", 2)):
-        arguments = (*few, "--rows", "200", "--steps", steps, "--out", str(out))
-        assert "trigonometric" in run(BENCHMARKS / "transport.py", *arguments, cwd=tmp_path)
-        assert len(out.read_text().splitlines()) == lines
-
-
 def test_a_finished_cell_is_known_by_all_that_was_asked(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     cells = importlib.import_module("_cells")

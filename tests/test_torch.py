@@ -19,7 +19,6 @@ from pyro_interpolant._torch import (
     seeded,
     set_rng_state,
     slopes,
-    watching_the_first,
 )
 
 
@@ -124,30 +123,6 @@ def test_scopes_nest_and_a_block_that_draws_nothing_interrupts_them():
     assert torch.equal(b, second)
     with pytest.raises(ValueError, match="expected a seed that is whole"), seeded(0.5):
         pass
-
-
-def test_the_first_function_tells_whether_others_are_looked_at():
-    with seeded(1):
-        expected = torch.randn(2, 3)
-    state = torch.get_rng_state()
-    with seeded(1):
-        with watching_the_first() as watched:
-            one, other = watched(lambda: torch.ones(3).sum()), watched(lambda: draws_are_seen())
-            one()
-            assert not other()
-        with watching_the_first() as watched:
-            drawing = watched(lambda: torch.randn(3))
-            found = torch.stack([drawing(), drawing()])
-        assert draws_are_seen()
-    assert torch.equal(found.reshape(-1), expected.reshape(-1))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def draws_are_seen():
-    before, generator = draws(), torch.get_rng_state()
-    torch.randn(1)
-    torch.set_rng_state(generator)
-    return draws() > before
 
 
 class Simulated(IterableDataset):
