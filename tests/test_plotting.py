@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import matplotlib as mpl
 import numpy as np
 import pyro.distributions as dist
@@ -23,7 +25,6 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.diagnostics import CalibrationCheck
 from pyro_interpolant.distributions import ConditionalJointInterpolantDistribution
-from pyro_interpolant.training import FitResult
 from pyro_interpolant.transforms.gaussianize import Gaussianized, MarginalTransform
 
 mpl.use("Agg")
@@ -111,26 +112,21 @@ def test_evolution_of_one_dimension_shows_every_time():
         torch.testing.assert_close(y, distribution.at(t).log_prob(x[:, None]).exp(), **close)
 
 
-@pytest.mark.parametrize(
-    ("interpolant", "lines"), [(Linear(), 2), (Latent(), 3), (LearnedInterpolant(3), 2)]
-)
-def test_coefficients_that_are_there(interpolant, lines):
-    ax = plotting.coefficients(interpolant)
-    assert len(ax.lines) == lines
-    assert ax.lines[0].get_ydata()[0] == pytest.approx(1.0)
-    assert ax.lines[1].get_ydata()[-1] == pytest.approx(1.0)
+def test_coefficients_that_are_there():
+    for interpolant in (Linear(), Latent(), LearnedInterpolant(3)):
+        lines = plotting.coefficients(interpolant).lines
+        assert len(lines) == 2 + isinstance(interpolant, Latent)
+        ends = [line.get_ydata()[[0, -1]] for line in lines]
+        np.testing.assert_allclose(ends, [[1, 0], [0, 1], [0, 0]][: len(lines)], atol=1e-6)
 
 
 def test_training_curve_shows_both_losses_and_what_was_kept():
-    losses = [3.0, 1.0, 2.0]
-    result = FitResult(
-        [1, 2, 3], losses, losses[::-1], 2, stopped_early=False, stopped_by="steps", skipped=0,
-        seconds=1.0, solver=FixedGrid(), report=None,
-    )  # fmt: skip
+    steps, losses, validation = [1, 2, 3], [4.0, 2.0, 1.0], [3.0, 1.0, 2.0]
+    result = SimpleNamespace(steps=steps, losses=losses, validation_losses=validation, best_step=2)
     ax = plotting.training_curve(result)
-    assert list(ax.lines[0].get_xdata()) == result.steps
-    assert list(ax.lines[1].get_ydata()) == result.validation_losses
-    assert ax.lines[2].get_xdata()[0] == result.best_step
+    assert list(ax.lines[0].get_xdata()) == steps
+    assert list(ax.lines[1].get_ydata()) == validation
+    assert ax.lines[2].get_xdata()[0] == 2
 
 
 def test_a_check_is_drawn_within_its_band():
@@ -139,11 +135,8 @@ def test_a_check_is_drawn_within_its_band():
     ax = plotting.ranks(check)
     x, y = ax.lines[0].get_xydata().T
     assert x.tolist() == u[:, 0].repeat_interleave(2).tolist()
-    assert max(abs(y)) == pytest.approx(
-        float((torch.arange(51) / 50 - torch.cat((u[:, 0], torch.ones(1)))).abs().max()), abs=0.021
-    )
-    labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels == ["one", "two", "99%"]
+    apart = torch.arange(51) / 50 - torch.cat((u[:, 0], torch.ones(1)))
+    assert max(abs(y)) == pytest.approx(float(apart.abs().max()), abs=0.021)
     assert (ax.patches[0].get_y(), ax.patches[0].get_height()) == pytest.approx((-0.2, 0.4))
     small = plotting.ranks(check._replace(values=u.square())).lines[0].get_ydata()
     assert small.mean() > 0.1  # more of them lie below
@@ -319,9 +312,9 @@ def test_contexts_along_a_frame_are_those_of_training():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("support", [constraints.positive, constraints.interval(-1.0, 2.0)])
-def test_a_density_is_zero_where_values_cannot_be(support):
-    """In the default box, which is wider than the samples; arrows are rates of the values."""
+def test_a_density_is_zero_where_values_cannot_be():
+    """Arrows are rates of the values."""
+    support = constraints.interval(-1.0, 2.0)
     distribution = flow(2, support=support)
     ax = plotting.density(distribution, extent=(-2, 3, -2, 3), points=30, velocity=True)
     heights = torch.as_tensor(ax.collections[0].get_array()).reshape(30, 30)
@@ -331,10 +324,7 @@ def test_a_density_is_zero_where_values_cannot_be(support):
     assert (heights[~inside] == 0).all()
     assert (heights[inside] > 0).all()
     arrows = ax.collections[1]
-    xy, v = (
-        torch.as_tensor(arrows.XY),
-        torch.stack([torch.as_tensor(a) for a in (arrows.U, arrows.V)], -1),
-    )
+    xy, v = (torch.as_tensor(a) for a in (arrows.XY, np.stack((arrows.U, arrows.V), -1)))
     known = support.check(xy).all(-1)
     assert torch.equal(torch.as_tensor(arrows.Umask), ~known)
     transform, step = distribution.transform, 1e-5
@@ -353,7 +343,6 @@ def frame_of(x, *names):
 
 WRONG = {
     r"levels, each in \(0, 1\), got \(1.5,\)": lambda x: plotting.corner(x, x, levels=(1.5,)),
-    r"2 names, one per column, got \['a'\]": lambda x: plotting.corner(x, x, names=["a"]),
     "NaN": lambda x: plotting.corner(x, x / 0 - x / 0),
     "as many columns as the data, 2, got 3": lambda x: plotting.corner(torch.randn(30, 3), x),
     r"samples with the columns \['a', 'c'\].*got \['a', 'b'\]": lambda x: plotting.corner(
@@ -361,13 +350,8 @@ WRONG = {
     ),
     "expected one or two dimensions, got 3: use corner": lambda _: plotting.density(flow(3)),
     r"expected one flow, got a batch": lambda _: plotting.density(flow(2).expand((3,))),
-    "line in it, Simplex": lambda _: plotting.density(flow(1, support=constraints.simplex)),
-    "as many axes as times": lambda _: plotting.evolution(flow(1), (0.5,), ax=[None, None]),
     "contexts that differ in column 0, got 0.5 alone": lambda _: plotting.conditional(
         family(), torch.tensor([[0.5, 0.0], [0.5, 1.0]])
-    ),
-    r"data of shapes \(N, 1\) and \(N, 2\), .*4500": lambda _: plotting.conditional(
-        family(), torch.rand(4, 2), data=(torch.zeros(4500), torch.rand(5000, 2))
     ),
     "expected simulated data of shape": lambda x: plotting.predictive_check(x, x[None, :3]),
     r"whole levels as uint8, .* got torch\.int64": lambda _: plotting.images(

@@ -19,6 +19,7 @@ from pyro_interpolant._torch import (
     seeded,
     set_rng_state,
     slopes,
+    watching_the_first,
 )
 
 
@@ -121,6 +122,10 @@ def test_scopes_nest_and_a_block_that_draws_nothing_interrupts_them():
         assert draws() == 2
     assert torch.equal(a, first)
     assert torch.equal(b, second)
+    with seeded(1), watching_the_first() as watched:  # which draws, so that all are looked at
+        drawing = watched(lambda: torch.randn(3))
+        assert torch.equal(drawing(), first)
+        assert torch.equal(drawing(), second)
     with pytest.raises(ValueError, match="expected a seed that is whole"), seeded(0.5):
         pass
 
