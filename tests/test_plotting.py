@@ -24,8 +24,6 @@ from pyro_interpolant import (
     plotting,
 )
 from pyro_interpolant.diagnostics import CalibrationCheck
-from pyro_interpolant.distributions import ConditionalJointInterpolantDistribution
-from pyro_interpolant.transforms.gaussianize import Gaussianized, MarginalTransform
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -95,8 +93,6 @@ def test_values_far_from_zero_are_apart_where_the_default_type_is_short():
     x, y = torch.as_tensor(plotting.density(line, points=8).lines[0].get_xydata()).T
     assert len(x.unique()) == 8
     torch.testing.assert_close(y, line.log_prob(x[:, None]).exp())
-    for ax in plotting.evolution(plane, times=(0.5, 1.0), velocity=False):
-        assert 0.1 < ax.get_xlim()[1] - ax.get_xlim()[0] < 100
     drawn = plotting.conditional(family, context, levels=(0.5,), points=9)
     assert len(set(drawn.collections[0].get_coordinates()[:, 0, 1].tolist())) == 9
 
@@ -181,9 +177,6 @@ def test_a_histogram_of_ranks_is_flat_within_its_band():
     share = chance[(counts / 40 > low) & (counts / 40 < high)].sum()
     assert 0.98 <= float(share) < 0.9999
     assert high < 1.5
-    shared = plotting.rank_histogram(uniform_check(band=0.16), bins=10).patches  # of few draws
-    wider = next(patch for patch in shared if not hasattr(patch, "get_data")).get_height()
-    assert wider == pytest.approx(2 * (high - low))
 
 
 def test_a_coverage_curve_is_the_diagonal_where_regions_hold_their_share():
@@ -221,9 +214,6 @@ def test_a_conditional_density_along_one_column_of_contexts(scalars):
     order = torch.tensor([4, 0, 8, 1, 7, 2, 6, 3, 5])  # drawn along the axis in any order
     mixed = plotting.conditional(family, grid[order], column=1, levels=(0.5,), points=20)
     np.testing.assert_allclose(mixed.lines[0].get_xydata(), np.stack((x, median), 1), atol=1e-9)
-    low, high = plotting.conditional(family, grid, column=1, levels=(0.001, 0.999)).get_ylim()
-    far = family.condition(grid).icdf(torch.tensor(0.999))
-    assert low < float(far.max()) <= high
 
 
 def test_data_are_drawn_beside_simulated_ones():
@@ -234,8 +224,6 @@ def test_data_are_drawn_beside_simulated_ones():
     band, ordered = ax.collections[0].get_paths()[0].vertices[:, 1], simulated.flatten(1).sort(1)
     assert band.min() == pytest.approx(float(ordered.values.quantile(0.025, 0).min()))
     assert band.max() == pytest.approx(float(ordered.values.quantile(0.975, 0).max()))
-    one = plotting.predictive_check(torch.tensor(0.3), torch.randn(50))
-    assert one.lines[0].get_ydata().tolist() == [0.3]
 
 
 def test_images_stand_row_by_row_a_pixel_apart():
@@ -371,23 +359,6 @@ def test_flows_without_their_context_are_refused():
     for draw in (plotting.trajectories, plotting.density, plotting.evolution):
         with pytest.raises(TypeError, match=r"gives it by \.condition\(context\)"):
             draw(family())
-
-
-def test_a_conditional_density_of_a_named_site_is_that_of_its_values():
-    knots, sites = torch.linspace(-2, 2, 5)[None], {"sd": ((), constraints.positive)}
-    spline = MarginalTransform(knots, 2 * knots, torch.full((1, 5), 2.0))
-    support = Gaussianized(constraints.real_vector, spline)
-    family = ConditionalJointInterpolantDistribution(
-        random_flow(1, context_dim=1), sites=sites, support=support
-    ).freeze()
-    grid = torch.linspace(-1, 1, 5)[:, None]
-    draws = family.condition(grid[:2]).sample_dict((20,))["sd"][:, 0]
-    options = {"data": ({"sd": draws}, torch.zeros(20, 1)), "levels": (0.5,), "points": 9}
-    ax = plotting.conditional(family, grid, **options)
-    expected = family.unpack(family.condition(grid).icdf(torch.tensor(0.5)))["sd"]
-    assert ax.lines[0].get_ydata() == pytest.approx(expected.numpy())
-    assert ax.get_ylim()[0] > 0
-    assert ax.collections[1].get_offsets()[:, 1].tolist() == pytest.approx(draws.tolist())
 
 
 def test_outcomes_and_contexts_in_another_order_are_refused():
