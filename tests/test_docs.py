@@ -121,16 +121,6 @@ def test_the_links_of_the_pages_lead_somewhere_and_their_blocks_are_closed():
                 assert (path.parent / target).exists(), f"{path}: {target}"
 
 
-def test_all_pages_are_in_a_table_of_contents():
-    for path in PAGES:
-        own = name(path)
-        index, entry = path.parent / "index.md", path.stem
-        if path.name == "index.md" or path.parent == DOCS:
-            index, entry = DOCS / "index.md", own
-        contents = "\n".join(source for _, source in blocks(index, ("{toctree}",)))
-        assert own == "index" or entry in contents.split(), path
-
-
 def test_the_page_of_files_names_all_that_is_in_one():
     transform = pyro_interpolant.interpolant_transform(
         2,

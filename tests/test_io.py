@@ -305,29 +305,6 @@ def test_what_is_replaced_can_be_kept(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["previous"]
 
 
-def test_two_processes_write_one_file(tmp_path, monkeypatch):
-    """The second does all of it between the first one's two renames, at its worst."""
-    new, previous = tmp_path / "state", tmp_path / "previous"
-    module.write(new, {"a": torch.zeros(2)}, {})
-    replace, scratches = os.replace, []
-
-    def interleaved(source, target):
-        if target == new:
-            scratches.append(source.name)
-            if len(scratches) == 1:
-                module.write(new, {"a": torch.ones(2)}, {}, previous=previous)
-        elif not scratches:  # the other has just moved the old file
-            replace(source, target)
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", interleaved)
-    module.write(new, {"a": torch.full((2,), 2.0)}, {}, previous=previous)
-    assert len(set(scratches)) == 2
-    assert safetensors.torch.load_file(new)["a"].tolist() == [2.0, 2.0]
-    assert safetensors.torch.load_file(previous)["a"].tolist() == [0.0, 0.0]
-    assert sorted(os.listdir(tmp_path)) == ["previous", "state"]
-
-
 def test_what_killed_processes_left_is_removed_once_it_is_old(tmp_path):
     file = "state.a+(1)"
     old = [f".{file}.partial", f".{file}.12.0a1b2c3d.partial"]

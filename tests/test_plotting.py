@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import matplotlib as mpl
 import numpy as np
 import pyro.distributions as dist
@@ -114,15 +112,6 @@ def test_coefficients_that_are_there():
         assert len(lines) == 2 + isinstance(interpolant, Latent)
         ends = [line.get_ydata()[[0, -1]] for line in lines]
         np.testing.assert_allclose(ends, [[1, 0], [0, 1], [0, 0]][: len(lines)], atol=1e-6)
-
-
-def test_training_curve_shows_both_losses_and_what_was_kept():
-    steps, losses, validation = [1, 2, 3], [4.0, 2.0, 1.0], [3.0, 1.0, 2.0]
-    result = SimpleNamespace(steps=steps, losses=losses, validation_losses=validation, best_step=2)
-    ax = plotting.training_curve(result)
-    assert list(ax.lines[0].get_xdata()) == steps
-    assert list(ax.lines[1].get_ydata()) == validation
-    assert ax.lines[2].get_xdata()[0] == 2
 
 
 def test_a_check_is_drawn_within_its_band():
@@ -359,13 +348,6 @@ def test_flows_without_their_context_are_refused():
     for draw in (plotting.trajectories, plotting.density, plotting.evolution):
         with pytest.raises(TypeError, match=r"gives it by \.condition\(context\)"):
             draw(family())
-
-
-def test_outcomes_and_contexts_in_another_order_are_refused():
-    pd = pytest.importorskip("pandas")
-    y, context = pd.Series(np.zeros(3)), pd.DataFrame(np.eye(3, 2))
-    with pytest.raises(ValueError, match="expected y and context with their rows in the same ord"):
-        plotting.conditional(family(), torch.rand(4, 2), data=(y, context.iloc[::-1]))
 
 
 def test_points_are_taken_from_all_over_and_keep_their_contexts():

@@ -314,53 +314,36 @@ def own_flow(base=None, network=None, **choices):
 
 REFUSED = [
     # Bases and classes of the user's own, of which a file cannot give back the code.
-    (lambda: flow(OwnNormal(A, B).to_event(1)), ValueError, "a base from pyro.*, got a OwnNormal"),
-    (
-        lambda: flow(transformed(normal(), maps.affine_autoregressive(2))),
-        ValueError,
-        "AffineAutoreg",
-    ),
-    (lambda: flow(solver=OwnGrid(8)), ValueError, "a solver of this package, got a OwnGrid"),
-    (
-        lambda: own_flow(own_flow()),
-        ValueError,
-        "velocity is a OwnVelocity",
-    ),  # one can be passed in
+    (lambda: flow(OwnNormal(A, B).to_event(1)), "a base from pyro.*, got a OwnNormal"),
+    (lambda: flow(transformed(normal(), maps.affine_autoregressive(2))), "AffineAutoregressive"),
+    (lambda: flow(solver=OwnGrid(8)), "a solver of this package, got a OwnGrid"),
+    (lambda: own_flow(own_flow()), "velocity is a OwnVelocity"),  # one can be passed in
     (
         lambda: flow(flow(interpolant=OwnInterpolant(3.0)), interpolant=OwnInterpolant()),
-        ValueError,
         "base.interpolant.power",
     ),
     # Parts that are not as their class makes them.
-    (lambda: with_part("flow.velocity", "extra", nn.Linear(2, 2)), ValueError, "extra"),
-    (lambda: with_part("flow.velocity", "factor", 2.0), ValueError, "factor"),
-    (parametrized, ValueError, "parametrizations"),
+    (lambda: with_part("flow.velocity", "extra", nn.Linear(2, 2)), "extra"),
+    (lambda: with_part("flow.velocity", "factor", 2.0), "factor"),
+    (parametrized, "parametrizations"),
     # What owns no weights, or is no flow.
-    (
-        lambda: flow().at(0.5),
-        ValueError,
-        "a flow that owns its weights: save the one it came from",
-    ),
-    (lambda: VelocityMLP(2), TypeError, "of this package.*got VelocityMLP"),
-    (lambda: AutoInterpolant(lambda: None), TypeError, r"of a guide, save its get_posterior\(\)"),
+    (lambda: flow().at(0.5), "a flow that owns its weights: save the one it came from"),
+    (lambda: VelocityMLP(2), "of this package.*got VelocityMLP"),
+    (lambda: AutoInterpolant(lambda: None), r"of a guide, save its get_posterior\(\)"),
 ]
 
 
-@pytest.mark.parametrize(("make", "error", "match"), REFUSED)
-def test_what_would_not_come_back_is_refused(make, error, match, path):
+@pytest.mark.parametrize(("make", "match"), REFUSED)
+def test_what_would_not_come_back_is_refused(make, match, path):
     """With a clear word; what was there stays, and nothing is left beside it."""
     path.write_bytes(b"as it was")
-    with pytest.raises(error, match=match):
+    with pytest.raises((ValueError, TypeError), match=match):
         save(make(), path)
     assert path.read_bytes() == b"as it was"
     assert os.listdir(path.parent) == [path.name]
 
 
 # ---- classes that are passed in -----------------------------------------------------------------
-
-
-class OwnNetwork(VelocityMLP):
-    """A subclass, which is passed in."""
 
 
 class Dropping(OwnVelocity):
@@ -417,8 +400,6 @@ def test_a_velocity_of_ones_own_is_passed_in(path):
         load(path, velocity=OwnVelocity(3))
     of_base = flow(own_flow())
     assert_same(of_base, load_of(of_base, path, velocity=OwnVelocity(2)))
-    subclass = own_flow(network=OwnNetwork(2, (8,)))
-    assert_same(subclass, load_of(subclass, path, velocity=OwnNetwork(2, (8,))))
 
 
 @pytest.mark.parametrize("inside", [None, Linear(), OwnInterpolant()])
