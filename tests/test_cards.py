@@ -5,15 +5,9 @@ import torch
 from pyro_interpolant import FixedGrid
 from pyro_interpolant.diagnostics import SolverError
 from pyro_interpolant.distributions.report import Report
-from pyro_interpolant.infer import GuideResult, ImportanceResult, Round, RoundsResult
+from pyro_interpolant.infer import GuideResult, Round, RoundsResult
 from pyro_interpolant.training import FitResult
-from pyro_interpolant.transport import (
-    PathEnergy,
-    PathReport,
-    ReflowResult,
-    TransportResult,
-    W2Bound,
-)
+from pyro_interpolant.transport import TransportResult, W2Bound
 
 REPORT = Report(2, 3000, 41.0, 1080, 6000, 0.004, -6.12, 0.03, -6.80)
 CURVES = [1] * 99, [0.1] * 99, [0.2] * 99
@@ -39,10 +33,6 @@ ROUNDS = RoundsResult(
 
 def test_results_print_as_cards():
     guide = GuideResult(0.3, 800.0, -3.14, 0.02, 1000, "Good, k-hat 0.30.", 61.0, ROUNDS)
-    weighted = ImportanceResult(
-        0.3, 800.0, -3.14, 0.02, "Good, k-hat 0.30.", torch.zeros(1000), {"x": torch.zeros(1000)}
-    )
-    paths = PathReport({1: 0.21, 2: 0.05}, 7), PathReport({1: 0.02, 2: 0.004}, 5)
     for result, expected in (
         (FIT, ["held-out -6.120 ± 0.030 nats", "ended by schedule"]),
         (FIT._replace(report=None), ["ended by schedule; FixedGrid(steps=20"]),
@@ -51,10 +41,7 @@ def test_results_print_as_cards():
             guide,
             ["Good, k-hat 0.30.", "log-evidence -3.140 ± 0.020 nats, in 61 s", "500 particles"],
         ),
-        (weighted, ["Good, k-hat 0.30.", "log-evidence -3.140 ± 0.020 nats; draws of x"]),
-        (ReflowResult(None, *paths, FIT), ["before: samples within 0.21 in 1, 0.05 in 2 steps"]),
         (TransportResult([3.0] * 50 + [2.5], FIT), ["energy 3 at first, 2.5 at last", "-6.120"]),
-        (PathEnergy(2.345, 0.02), ["path energy 2.345 ± 0.020"]),
         (
             W2Bound(3.2, 0.1, 1.0, exact=True, excess_stderr=0.02),
             ["W2^2 at most 3.2 ± 0.4: excess 0.1 ± 0.02, Lipschitz constant 1"],

@@ -3,7 +3,6 @@
 All but two examples do so for a release alone.
 """
 
-import importlib
 import importlib.util
 from pathlib import Path
 
@@ -72,29 +71,3 @@ def test_the_benchmark_runs(name, run, tmp_path):
     # Peers that are not installed are left out of its tables.
     arguments = ["--kills", "1"] if name == "kill_resume.py" else ["--smoke"]
     assert run(BENCHMARKS / name, *arguments, cwd=tmp_path).strip()
-
-
-@pytest.mark.release
-def test_a_benchmark_asked_for_other_settings_measures_anew(run, tmp_path):
-    out = tmp_path / "lines.jsonl"
-    few = ("--only", "gaussian", "--dims", "2", "--seeds", "1", "--methods", "trigonometric")
-    for steps, lines in (("5", 1), ("6", 2), ("5", 2)):
-        arguments = (*few, "--rows", "200", "--steps", steps, "--out", str(out))
-        assert "trigonometric" in run(BENCHMARKS / "transport.py", *arguments, cwd=tmp_path)
-        assert len(out.read_text().splitlines()) == lines
-
-
-def test_a_finished_cell_is_known_by_all_that_was_asked(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    cells = importlib.import_module("_cells")
-    file = tmp_path / "new" / "lines.jsonl"
-    asked = {"task": "wine", "minutes": 5.0, "test_rows": None}
-    line = cells.Cells(file).add(asked, {"log_prob": 1.0})
-    done = cells.Cells(file)
-    assert done.find(asked) == line == {**asked, "log_prob": 1.0}
-    assert done.find({"task": "wine", "minutes": 5.0, "none": None}) == line  # not asked then
-    for other in ({"minutes": 10.0}, {"test_rows": 500}, {"rows": 1000}):
-        assert done.find(asked | other) is None
-    with pytest.raises(ValueError, match="minutes"):
-        done.add(asked, {"minutes": 4.9})
-    assert cells.Cells(file).lines == [line]

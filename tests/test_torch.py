@@ -14,7 +14,6 @@ from pyro_interpolant import _torch
 from pyro_interpolant._torch import (
     draws,
     draws_nothing,
-    forward_mode,
     jvp,
     rng_state,
     seeded,
@@ -24,32 +23,21 @@ from pyro_interpolant._torch import (
 )
 
 
-def inside(source, **names):
-    """Return the function ``f`` that the source defines, as if it stood in the package."""
-    code = compile(source, _torch.__file__.replace("_torch.py", "room/module.py"), "exec")
-    exec(code, names)
-    return names["f"]
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "def f(): warn_user('careful')",
+def test_a_warning_names_the_line_outside_the_package():
+    for source in (
         "def g(): warn_user('careful')\ndef f(): return g()",
-        "@torch.no_grad()\ndef f(): warn_user('careful')",
         "@torch.no_grad()\ndef g(): warn_user('careful')\ndef f():\n  for _ in [0]: g()",
-        "import contextlib\n@contextlib.contextmanager\ndef g():\n  warn_user('careful'); yield\n"
-        "def f():\n  with g(): pass",
-    ],
-)
-def test_a_warning_names_the_line_outside_the_package(source):
-    function = inside(source, warn_user=_torch.warn_user, torch=torch)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        function()
-    assert [(w.filename, str(w.message), w.category) for w in caught] == [
-        (__file__, "careful", UserWarning)
-    ]
+        "import contextlib\n@contextlib.contextmanager\ndef g():\n"
+        "  warn_user('careful'); yield\ndef f():\n  with g(): pass",
+    ):
+        names = {"warn_user": _torch.warn_user, "torch": torch}
+        inside = _torch.__file__.replace("_torch.py", "room/module.py")
+        exec(compile(source, inside, "exec"), names)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            names["f"]()
+        found = [(w.filename, str(w.message), w.category) for w in caught]
+        assert found == [(__file__, "careful", UserWarning)]
 
 
 def everything_that_draws():
@@ -57,13 +45,9 @@ def everything_that_draws():
     linear, layer = nn.Linear(3, 4), nn.TransformerEncoderLayer(8, 2, 16, 0.2, batch_first=True)
     found = [
         torch.randn(5),
-        torch.rand(3, 2),
         torch.randint(10, (4,)),
-        torch.randint(2, 10, (4,)),
         torch.randperm(7),
         torch.randn_like(torch.zeros(4, 5).T),
-        torch.rand_like(torch.zeros(4)),
-        torch.randint_like(torch.zeros(4), 5),
         torch.empty(3).normal_(),
         torch.empty((), dtype=torch.int64).random_(),
         torch.multinomial(torch.ones(10), 4),
@@ -78,10 +62,8 @@ def everything_that_draws():
     for base in (
         dist.Normal(0.0, 1.0),
         dist.Gamma(2.0, 1.0),
-        dist.Dirichlet(torch.ones(3)),
         dist.Binomial(10, torch.tensor(0.3)),
         dist.Poisson(torch.tensor(3.0)),
-        dist.Categorical(torch.ones(3)),
         dist.VonMises(0.0, 1.0),
     ):
         found.append(base.sample((20,)))
@@ -113,9 +95,8 @@ def test_a_state_is_that_of_the_cpu_and_of_a_gpu(seed, monkeypatch):
         if seed is not None:
             _torch._SCOPE.generators.generators[gpu] = own
         both, one = rng_state(gpu), rng_state(cpu)
-        assert torch.equal(both[: len(one)], one)
-        assert torch.equal(both[len(one) :], own.get_state())
-        first, second = drawn(), drawn()
+        first = drawn()
+        assert not torch.equal(drawn(), first)
         set_rng_state(both, gpu)
         assert torch.equal(drawn(), first)
         for state, device in ((one, gpu), (both, cpu)):  # of or on a machine without one
@@ -123,37 +104,17 @@ def test_a_state_is_that_of_the_cpu_and_of_a_gpu(seed, monkeypatch):
             third = drawn()
             assert torch.equal(third[:4], first[:4])
             assert not torch.equal(third[4:], first[4:])
-        assert not torch.equal(first, second)
-
-
-def test_an_operation_without_a_form_for_generators_draws_the_same(monkeypatch):
-    torch.manual_seed(3)
-    expected = torch.randn(5), torch.randn(4)
-    state = torch.get_rng_state()
-    monkeypatch.setattr(
-        _torch,
-        "_drawing_form",
-        lambda operation: (None, None) if "randn" in str(operation) else None,
-    )
-    with seeded(3):
-        found = torch.randn(5), torch.randn(4)
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_generator_that_is_given_is_used():
-    expected = torch.randn(5, generator=torch.Generator().manual_seed(8))
-    with seeded(3):
-        assert torch.equal(torch.randn(5, generator=torch.Generator().manual_seed(8)), expected)
 
 
 def test_scopes_nest_and_a_block_that_draws_nothing_interrupts_them():
     with seeded(1):
         first, second = torch.randn(3), torch.randn(3)
-    with seeded(1):
+    with seeded(np.int64(1)):
         a = torch.randn(3)
         with seeded(2):
             torch.randn(3)
+            with draws_nothing(), draws_nothing():
+                torch.ones(3).sum()
         with draws_nothing():
             assert draws() == 1
         with seeded(None):
@@ -161,61 +122,11 @@ def test_scopes_nest_and_a_block_that_draws_nothing_interrupts_them():
         assert draws() == 2
     assert torch.equal(a, first)
     assert torch.equal(b, second)
-
-
-def test_a_block_interrupts_all_scopes_around_it_and_is_not_looked_at(monkeypatch):
-    seen, look = [], _torch._OwnGenerators.__torch_dispatch__
-
-    def looking(own, *call):
-        seen.append(call[0])
-        return look(own, *call)
-
-    monkeypatch.setattr(_torch._OwnGenerators, "__torch_dispatch__", looking)
-    with seeded(1), seeded(2):
-        with draws_nothing(), draws_nothing():
-            torch.ones(3).sum()
-        assert not seen
-        assert draws() == 0
-        torch.ones(3).sum()
-    assert len(seen) == 4  # two operations, in two scopes
-
-
-def test_the_first_function_tells_whether_others_are_looked_at():
-    with seeded(1):
-        expected = torch.randn(2, 3)
-    state = torch.get_rng_state()
-    with seeded(1):
-        with watching_the_first() as watched:
-            one, other = watched(lambda: torch.ones(3).sum()), watched(lambda: draws_are_seen())
-            one()
-            assert not other()
-        with watching_the_first() as watched:
-            drawing = watched(lambda: torch.randn(3))
-            found = torch.stack([drawing(), drawing()])
-        assert draws_are_seen()
-    assert not draws_are_seen()
-    assert torch.equal(found.reshape(-1), expected.reshape(-1))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def draws_are_seen():
-    before, generator = draws(), torch.get_rng_state()
-    torch.randn(1)
-    torch.set_rng_state(generator)
-    return draws() > before
-
-
-@pytest.mark.parametrize("seed", [torch.tensor(3), np.int64(3), np.array(3), 3.0])
-def test_seeds_are_numbers_of_any_library(seed):
-    with seeded(3):
-        expected = torch.randn(2)
-    with seeded(seed):
-        assert torch.equal(torch.randn(2), expected)
-
-
-@pytest.mark.parametrize("seed", ["3", [3], 2**64, -(2**63) - 1, 0.5, float("nan")])
-def test_what_is_no_seed_is_refused(seed):
-    with pytest.raises(ValueError, match="expected a seed that is whole"), seeded(seed):
+    with seeded(1), watching_the_first() as watched:  # which draws, so that all are looked at
+        drawing = watched(lambda: torch.randn(3))
+        assert torch.equal(drawing(), first)
+        assert torch.equal(drawing(), second)
+    with pytest.raises(ValueError, match="expected a seed that is whole"), seeded(0.5):
         pass
 
 
@@ -234,14 +145,6 @@ def test_workers_of_a_loader_draw_numbers_of_their_own():
         assert torch.equal(torch.stack(rows[:4]), torch.stack(list(loader)))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_attention_draws_where_it_has_dropout(share):
-    q = torch.randn(1, 2, 5, 4, requires_grad=True)
-    with seeded(0):
-        nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=share).sum().backward()
-        assert (draws() > 0) == (share > 0)
-
-
 def test_what_takes_no_generator_draws_in_a_scope_inside_another_from_the_inner_one():
     """Attention is of this kind; the outer scope waited for ever for what the inner one held."""
     x = torch.ones(20)
@@ -252,43 +155,28 @@ def test_what_takes_no_generator_draws_in_a_scope_inside_another_from_the_inner_
         assert draws() == 1
 
 
-@pytest.mark.parametrize("other", ["slopes", "jvp"])
+@pytest.mark.parametrize("other", [slopes, jvp])
 def test_two_threads_differentiate_forward_at_a_time(other):
-    inside, done, errors = threading.Event(), threading.Event(), []
-
-    def slow(t):
-        inside.set()
-        done.wait(0.2)
-        return t, t**2, t**3
+    """The second waits for the first, which would else end in an error of nested levels."""
+    errors, t = [], torch.tensor(0.3)
 
     def second():
-        inside.wait(5)
         try:
-            if other == "slopes":
-                slopes(lambda t: (t, t, t), torch.tensor(0.3))
+            if other is slopes:
+                slopes(lambda t: (t, t, t), t)
             else:
-                jvp(torch.sin, (torch.tensor(0.3),), (torch.tensor(1.0),))
+                jvp(torch.sin, (t,), (torch.tensor(1.0),))
         except RuntimeError as error:
             errors.append(error)
-        done.set()
 
     thread = threading.Thread(target=second)
-    thread.start()
-    found = slopes(slow, torch.tensor(0.5))
+
+    def first(t):
+        thread.start()
+        thread.join(0.1)  # it goes on from here alone where nothing holds it
+        return t, t**2, t**3
+
+    found = slopes(first, torch.tensor(0.5))
     thread.join()
     assert not errors
     assert [float(s) for s in found] == pytest.approx([1.0, 1.0, 0.75])
-
-
-def test_forward_mode_does_not_warn_of_what_torch_uses_itself(monkeypatch):
-    def load():
-        warnings.warn(
-            "`torch.jit.script` is deprecated. Please switch", FutureWarning, stacklevel=1
-        )
-
-    monkeypatch.setattr(torch.autograd.forward_ad, "_maybe_load_decompositions", load)
-    _torch._load_forward_mode.cache_clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with forward_mode():
-            pass
