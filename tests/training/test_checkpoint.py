@@ -549,7 +549,7 @@ def test_an_interrupt_while_the_solver_is_calibrated_keeps_the_weights(monkeypat
 
     expected, flow = made(), made()
     fit(expected, rows(), **QUICK)
-    monkeypatch.setattr(fitting, "calibrate_until", interrupted)
+    monkeypatch.setattr(fitting, "calibrated", interrupted)
     with pytest.warns(UserWarning, match="calibration was interrupted"):
         result = fit(flow, rows(), **QUICK)
     assert result.solver is flow.transform.solver
@@ -560,8 +560,8 @@ def test_an_interrupt_while_the_solver_is_calibrated_keeps_the_weights(monkeypat
 @pytest.mark.parametrize(
     ("name", "error"),
     [
-        ("fitting.calibrate_until", ValueError("dopri5 gave up")),
-        ("fitting.calibrate_sampler_until", torch.OutOfMemoryError("no memory is left")),
+        ("fitting.calibrated", ValueError("dopri5 gave up")),
+        ("fitting.sampler_calibrated", torch.OutOfMemoryError("no memory is left")),
         ("fitting.HeldOutDensity.measured", RuntimeError("no memory is left")),
         ("fitting.warn_if_draws_differ", RuntimeError("no memory is left")),
     ],
