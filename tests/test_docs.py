@@ -39,7 +39,7 @@ def shortened(source):
 @pytest.mark.usefixtures("_small_runs")
 @pytest.mark.filterwarnings("ignore:Poor:UserWarning")
 @pytest.mark.filterwarnings("ignore:the fit came out wrong:UserWarning")
-@pytest.mark.filterwarnings("ignore:no grid has samples:UserWarning")
+@pytest.mark.filterwarnings("ignore:no grid (has samples|up to 256):UserWarning")
 @pytest.mark.filterwarnings("ignore:num_chains=2 is more than available_cpu=1:UserWarning")
 @pytest.mark.filterwarnings("ignore:Stochastic Optimizer. Maximum iterations:UserWarning")
 @pytest.mark.parametrize("path", RUN, ids=map(name, RUN))

@@ -241,7 +241,8 @@ def fit(
     source = kind(distribution, data, validation, **given, flip=flip, anew=anew)
     process.check_same("table, by its checksum,", source.checksum, _SHARED_TABLE)
     with seeded(process.seed(seed)):
-        asked = [steps, learning_rate, weight_decay, batch_size, patience, ema, learn]
+        # None: where states of earlier versions have a limit of time, which set the schedule then.
+        asked = [steps, None, learning_rate, weight_decay, batch_size, patience, ema, learn]
         identity = [source.checksum, [*asked, seed, source.share, whiten, *["flip"] * flip]]
         if checkpoint is not None:  # it goes through all weights and samples
             identity += identity_of(flow, distribution.base, coupling, base_samples, validation)
