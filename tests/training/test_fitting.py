@@ -97,7 +97,7 @@ def equal(a, b):
 def test_a_wild_context_held_out_does_not_choose_the_weights():
     best = []
     for wild in (0.0, 1e20):
-        torch.manual_seed(0)
+        torch.manual_seed(3)
         c, held = torch.randn(1000, 1), torch.randn(300, 1)
         x, unseen = (0.5 * s + torch.randn(len(s), 2) for s in (c, held))
         held[0] = held[0] + wild
