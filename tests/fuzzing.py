@@ -44,10 +44,10 @@ ALLOWED = (
 
 
 def lengths(short: int, long: int) -> list[Any]:
-    """Return the numbers of inputs of the default suite and of the slow one as parameters."""
+    """Return the numbers of inputs of the default suite and of a release as parameters."""
     return [
         pytest.param(TIMES * short, id="short"),
-        pytest.param(TIMES * long, id="long", marks=pytest.mark.slow),
+        pytest.param(TIMES * long, id="long", marks=pytest.mark.release),
     ]
 
 

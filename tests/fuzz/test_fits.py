@@ -1,4 +1,4 @@
-"""``fit``, ``from_samples``: what is refused leaves the flow as it was; what is fitted is right.
+"""``fit``: what is refused leaves the flow as it was; what is fitted is right.
 
 The velocity is affine, :math:`v_t(w) = g w + s`, so the flow of whatever weights a step or two
 leave is a Gaussian in closed form, behind the whitening map; with rows held out that are given,
@@ -13,7 +13,6 @@ import torch
 from fuzzing import EXPONENTS, FLOATS, LAYOUTS, as_given, end_of, laid_out, lengths, run
 from hypothesis import strategies as st
 from narrow import small_runs
-from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyro_interpolant import (
@@ -21,7 +20,6 @@ from pyro_interpolant import (
     InterpolantDistribution,
     InterpolantTransform,
     fit,
-    from_samples,
 )
 
 
@@ -318,89 +316,3 @@ def right_map(flow: Any, x: Tensor, weight: Tensor) -> None:
 @pytest.mark.parametrize("inputs", lengths(30, 600))
 def test_fit(inputs):
     run(check_fit, st.tuples(data(), settings()), inputs)
-
-
-# ---- from_samples -------------------------------------------------------------------------------
-
-SUPPORTS = {
-    "real": constraints.real_vector,
-    "positive": constraints.positive,
-    "interval": constraints.interval(-1.0, 2.0),
-}
-
-
-class Samples(NamedTuple):
-    """A recipe of samples and of how they are given.
-
-    Attributes:
-        data: The rows, unconstrained.
-        support: Its name.
-        named: Whether they are draws by name.
-        weights: What weights are like, or None.
-    """
-
-    data: Data
-    support: str
-    named: bool
-    weights: str | None
-
-
-def samples() -> st.SearchStrategy[Samples]:
-    """Return recipes of samples, most of which are good."""
-    return st.builds(
-        Samples,
-        data((12, 30)),
-        st.sampled_from(("real",) * 8 + tuple(SUPPORTS) * 2),
-        st.sampled_from((False, False, False, True)),
-        st.sampled_from((None,) * 6 + tuple(WEIGHTS) + tuple(BAD_WEIGHTS)),
-    )
-
-
-def check_from_samples(case: Samples) -> str:
-    recipe, x = case.data, case.data.rows()
-    support = SUPPORTS[case.support]
-    if case.support in ("positive", "interval"):  # of any rows, in units of one
-        recipe = recipe._replace(offset=0.0, exponents=(0, 0), kind="tensor")
-        x = recipe.rows()
-        if isinstance(x, Tensor) and x.is_floating_point():
-            x = torch.distributions.biject_to(support)(x)
-    named = case.named and isinstance(x, Tensor) and x.dim() == 2 and recipe.dim > 1
-    named = named and case.support == "real" and recipe.state != "wide"
-    count = len(x) if hasattr(x, "__len__") and getattr(x, "ndim", 1) else 1
-    given = {"a": x[:, 0], "b": x[:, 1:]} if named else x
-    weights = case.weights and {**WEIGHTS, **BAD_WEIGHTS}[case.weights](count, recipe.seed)
-    options = {"steps": 1, "learning_rate": 1e-7, "progress": False, "tolerance": 0.1}
-    options |= {} if named else {"support": support}
-    end = end_of(lambda: from_samples(given, weights=weights, **options))
-    # Columns of those that are wide are dependent; infinity is a number on an interval.
-    broken = recipe.state in BROKEN and recipe.state != "wide"
-    broken = broken and not (recipe.state == "inf" and case.support == "interval")
-    is_bad = broken or case.weights in BAD_WEIGHTS
-    if end.error is not None:
-        may = case.weights == "mask" or recipe.state in ("wild", "wide")
-        assert is_bad or may or not is_in_range(recipe.good(), FLOATS[recipe.dtype]), end.error
-        return f"from_samples: {end}"
-    masked = case.weights == "mask" and recipe.state in ("nan", "inf")
-    assert not is_bad or masked, f"an answer of bad samples: {case}"
-    gaussian(end.answer, recipe.good(), named=named)
-    return "from_samples: the density of a Gaussian"
-
-
-def gaussian(flow: Any, rows: Tensor, *, named: bool) -> None:
-    """Compare the density at unconstrained rows, ``(N, D)``, with that of the map."""
-    inner = flow.transform.flow
-    assert not any(p.requires_grad for p in inner.parameters())
-    u = rows.to(inner.loc)
-    bare = flow.without_support()
-    with torch.no_grad():
-        found = bare.log_prob(u)
-        draws = flow.sample_dict((3,)) if named else {"x": flow.sample((3,))}
-    w, log_det = whitened(inner, u)
-    close(found, (-0.5 * w.square() - 0.5 * math.log(2 * math.pi)).sum(-1) - log_det, w)
-    assert all(part.isfinite().all() for part in draws.values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("inputs", lengths(8, 150))
-def test_from_samples(inputs):
-    run(check_from_samples, samples(), inputs)

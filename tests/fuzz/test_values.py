@@ -38,13 +38,10 @@ from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     ConditionalInterpolantTransform,
     FixedGrid,
-    Geodesic,
     InterpolantDistribution,
     InterpolantTransform,
-    TorusMLP,
     Trigonometric,
     VelocityMLP,
-    circular,
 )
 
 ONE_STEP = FixedGrid(1, "euler")  # exact for a velocity of zero
@@ -170,19 +167,6 @@ def known_mixture(dim: int, scale: int) -> Known:
     )
 
 
-@cache
-def known_angles(dim: int, dtype: str) -> Known:
-    """Return the uniform density of angles, the flow of an untrained network."""
-    transform = InterpolantTransform(
-        TorusMLP(dim, (4, 4)), interpolant=Geodesic(), solver=ONE_STEP
-    ).to(FLOATS[dtype])
-    return Known(
-        InterpolantDistribution(transform, support=circular),
-        lambda x: torch.full(x.shape[:-1], -dim * math.log(2 * math.pi)),
-        lambda w: 3 * torch.tanh(w),
-    )
-
-
 def some_flow() -> st.SearchStrategy[Known]:
     """Return flows of every kind that takes no context."""
     dims, dtypes = st.integers(1, 3), st.sampled_from(sorted(FLOATS))
@@ -196,7 +180,6 @@ def some_flow() -> st.SearchStrategy[Known]:
         ),
         st.builds(known_on, st.sampled_from(sorted(SUPPORTS)), dtypes),
         st.builds(known_mixture, dims, st.sampled_from((0, -30, 30))),
-        st.builds(known_angles, dims, dtypes),
     )
 
 
@@ -282,8 +265,7 @@ def confirmed(known: Known, x: Tensor, found: Tensor) -> None:
     x, found = x.detach().double(), found.detach().double()
     bad = x.isnan().flatten(x.dim() - event).any(-1)
     far = x.isinf().flatten(x.dim() - event).any(-1) & ~bad
-    # Of angles, infinitely many turns are outside, finitely many are not.
-    inside = flow.support.check(x) | torch.tensor(flow.constraint is circular)
+    inside = flow.support.check(x)
     truth = known.truth(x).where(inside & ~far, -math.inf).where(~bad, math.nan).expand(batch)
     precision = 64 * limits.eps if known.precision is None else known.precision
     close = (found - truth).abs() <= precision * (1 + truth.abs())
@@ -328,20 +310,19 @@ class Scaled(nn.Module):
         return context[..., :1].tanh() * x + context[..., 1:]
 
 
-def family(dtype: str, *, own: bool) -> ConditionalInterpolantDistribution:
-    """Return a family of Gaussians: of a velocity of one's own, or of an untrained network."""
-    velocity = Scaled() if own else VelocityMLP(2, (4, 4), 2)
-    transform = ConditionalInterpolantTransform(velocity, solver=FixedGrid(12))
+def family(dtype: str) -> ConditionalInterpolantDistribution:
+    """Return a family of Gaussians."""
+    transform = ConditionalInterpolantTransform(Scaled(), solver=FixedGrid(12))
     transform.flow.whitening.set(torch.ones(2), torch.tensor([[2.0, 0.0], [0.3, 0.1]]))
     return ConditionalInterpolantDistribution(transform.to(FLOATS[dtype]))
 
 
-def member(flow: InterpolantDistribution, context: Tensor, *, own: bool) -> Known:
+def member(flow: InterpolantDistribution, context: Tensor) -> Known:
     """Return a member of the family and its density, given a context."""
     loc, linear = flow.transform.flow.loc.double(), flow.transform.flow.whitening.matrix().double()
     rate, shift = context.detach().double().split(1, -1)
-    rate = rate.tanh() if own else 0 * rate
-    moved = (torch.expm1(rate) / rate).where(rate != 0, 1.0) * (shift if own else 0 * shift)
+    rate = rate.tanh()
+    moved = (torch.expm1(rate) / rate).where(rate != 0, 1.0) * shift
 
     def white(x: Tensor) -> Tensor:
         return torch.linalg.solve(linear, (x - loc)[..., None])[..., 0]
@@ -363,7 +344,6 @@ SIZES = {"no size": 0, "size one": 1, "size three": 3}
 class Context(NamedTuple):
     """A recipe of a context."""
 
-    own: bool
     flow_dtype: str
     batch: tuple[int, ...]
     seed: int
@@ -384,7 +364,6 @@ def contexts() -> st.SearchStrategy[Context]:
     """Return recipes of contexts, most of which are good."""
     return st.builds(
         Context,
-        st.booleans(),
         st.sampled_from(sorted(FLOATS)),
         batch_shapes(),
         st.integers(0, 9999),
@@ -396,7 +375,7 @@ def contexts() -> st.SearchStrategy[Context]:
 
 def check_condition(case: tuple[Context, Value]) -> str:
     recipe, value = case
-    flow, context = family(recipe.flow_dtype, own=recipe.own), recipe.tensor()
+    flow, context = family(recipe.flow_dtype), recipe.tensor()
     given, dtype = as_given(context, recipe.defect), flow.transform.flow.loc.dtype
     end = end_of(lambda: flow.condition(given))
     whole = not (context.is_floating_point() or context.is_complex())
@@ -409,7 +388,7 @@ def check_condition(case: tuple[Context, Value]) -> str:
         return f"condition: {end}"
     one = end.answer
     assert one.batch_shape == context.shape[:-1]
-    known = member(one, context.to(dtype), own=recipe.own)
+    known = member(one, context.to(dtype))
     x = value.of(known)
     end = end_of(lambda: one.log_prob(x))
     wanted = is_refused(one, x, validated=True)
