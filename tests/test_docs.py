@@ -9,7 +9,6 @@ import torch
 from pages import DOCS, FENCE, README, ROOT, blocks
 
 import pyro_interpolant
-from pyro_interpolant.distributions.description import describe
 
 PAGES = sorted(
     path for path in DOCS.rglob("*.md") if not path.relative_to(DOCS).parts[0].startswith("_")
@@ -94,19 +93,3 @@ def test_the_links_of_the_pages_lead_somewhere_and_their_blocks_are_closed():
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", FENCE.sub("", text)):
             if not target.startswith(("http://", "https://", "mailto:")):
                 assert (path.parent / target).exists(), f"{path}: {target}"
-
-
-def test_the_page_of_files_names_all_that_is_in_one():
-    transform = pyro_interpolant.interpolant_transform(
-        2,
-        (8,),
-        interpolant=pyro_interpolant.LearnedInterpolant(),
-        divergence=pyro_interpolant.HutchinsonDivergence(),
-    )
-    base = pyro_interpolant.Samples(torch.zeros(3, 2))
-    transform.flow.noise = pyro_interpolant.VelocityMLP(2, (8,))
-    header, tensors = describe(pyro_interpolant.InterpolantDistribution(transform, base))
-    named = set(re.findall("`([a-z_.*]+)`", (DOCS / "how-to" / "files.md").read_text()))
-    assert not {"format", *header} - named
-    rooms = {f"{key.partition('.')[0]}.*" if "." in key else key for key in tensors}
-    assert not {"divergence.probes" if room == "divergence.*" else room for room in rooms} - named

@@ -95,17 +95,6 @@ def test_values_far_from_zero_are_apart_where_the_default_type_is_short():
     assert len(set(drawn.collections[0].get_coordinates()[:, 0, 1].tolist())) == 9
 
 
-def test_evolution_of_one_dimension_shows_every_time():
-    distribution, times = flow(1), (0.0, 0.3, 1.0)
-    axes = plotting.evolution(distribution, times=times)
-    assert [ax.get_title() for ax in axes] == ["$t = 0$", "$t = 0.3$", "$t = 1$"]
-    assert [len(one.lines) for one in axes] == [1, 1, 1]
-    for one, t in zip(axes, times, strict=True):
-        x, y = torch.as_tensor(one.lines[0].get_xydata()).T
-        close = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}
-        torch.testing.assert_close(y, distribution.at(t).log_prob(x[:, None]).exp(), **close)
-
-
 def test_coefficients_that_are_there():
     for interpolant in (Linear(), Latent(), LearnedInterpolant(3)):
         lines = plotting.coefficients(interpolant).lines

@@ -130,6 +130,7 @@ def test_networks_and_what_they_reach(path):
     assert_kept(flows, path)
 
 
+@pytest.mark.slow
 def test_supports(path):
     cases = {name: (case.dim, case.support) for name, case in SUPPORTS.items()}
     cases |= {name: (2, support) for name, support in MORE_SUPPORTS.items()}
@@ -140,6 +141,7 @@ def test_supports(path):
     assert_kept(flows, path)
 
 
+@pytest.mark.slow
 def test_interpolants_solvers_and_divergences(path):
     flows = {name: flow(interpolant=member) for name, member in (INTERPOLANTS | LATENT).items()}
     flows["learned"] = flow(interpolant=LearnedInterpolant(3, event_dim=2, network=(4,)))
@@ -248,6 +250,7 @@ def assert_base_is_kept(base, path, name=""):
     assert difference(base, found.base) is None, name
 
 
+@pytest.mark.slow
 def test_bases(path):
     for name, make in ELEMENTWISE.items():
         assert_base_is_kept(make().to_event(1), path, name)
@@ -255,6 +258,7 @@ def test_bases(path):
         assert_base_is_kept(make(), path, name)
 
 
+@pytest.mark.slow
 def test_probabilities_are_kept_to_the_bit_however_they_sum(path):
     """Constructors divide by the sum, which is another after rounding."""
     for _ in range(5):

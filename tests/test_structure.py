@@ -38,18 +38,8 @@ LEVELS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 PYRO = {"transforms", "distributions", "diagnostics", "io", "transport", "infer"}  # know Pyro
-FOREIGN = (
-    "jax",
-    "numpyro",
-    "matplotlib",
-    "arviz",
-    "zuko",
-    "sklearn",
-    "lightning_fabric",
-    "lightning",
-    "diffusers",
-)
-
+FOREIGN = ["jax", "numpyro", "matplotlib", "arviz", "zuko", "sklearn", "lightning", "diffusers"]
+FOREIGN += ["lightning_fabric"]
 HAS_JAX = importlib.util.find_spec("jax") is not None
 
 
