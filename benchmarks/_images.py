@@ -243,10 +243,18 @@ class Trained(NamedTuple):
     seconds: float
 
 
+def _length(cell, folder, learn):
+    """Return how many steps the minutes of a cell are: beside a state to go on from, as before."""
+    path = folder / "steps"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(steps_in(60 * cell["minutes"], learn)))
+    return int(path.read_text())
+
+
 def ours(images, recipe, cell, folder):
     """Learn from uint8 by ``from_samples``, with its defaults and the recipe's network."""
-    options = {"batch_size": recipe.batch, "checkpoint": folder / "state.safetensors"}
-    options["checkpoint_every"] = _SAVE_STEPS
+    options = {"batch_size": recipe.batch}
     if cell["method"] == "ours OT":
         options["coupling"] = pi.optimal_transport
     options |= cell["fit"]
@@ -256,7 +264,7 @@ def ours(images, recipe, cell, folder):
         options["fabric"] = Fabric(cell["device"], devices=1, precision="bf16-mixed")
         options["fabric"].launch()
 
-    def learn(steps):
+    def learn(steps, **keep):
         return pi.from_samples(
             images.train.to(cell["device"]),
             network=recipe.network(cell["seed"]).to(cell["device"]),
@@ -264,9 +272,11 @@ def ours(images, recipe, cell, folder):
             seed=cell["seed"],
             progress=False,
             **options,
+            **keep,
         )
 
-    flow = learn(steps_in(60 * cell["minutes"], learn))
+    keep = {"checkpoint": folder / "state.safetensors", "checkpoint_every": _SAVE_STEPS}
+    flow = learn(_length(cell, folder, learn), **keep)
 
     def sample(count):
         x = torch.cat([flow.sample((len(s),)) for s in torch.arange(count).split(_AT_ONCE)])
@@ -281,10 +291,10 @@ def flat(images, recipe, cell, folder):
     rows = images.train.flatten(1)
     rows = (rows + torch.rand(rows.shape)).to(cell["device"]) / 256
 
-    def learn(steps):
-        return pi.from_samples(rows, steps=steps, seed=cell["seed"], progress=False)
+    def learn(steps, **keep):
+        return pi.from_samples(rows, steps=steps, seed=cell["seed"], progress=False, **keep)
 
-    flow = learn(steps_in(60 * cell["minutes"], learn))
+    flow = learn(_length(cell, folder, learn), checkpoint=folder / "state.safetensors")
 
     def sample(count):
         x = (256 * flow.sample((count,))).floor().clamp(0, 255).to("cpu", torch.uint8)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 # No warning is raised at lines of this package, of torch, or of what runs decorated functions.
@@ -194,6 +195,27 @@ def _default(device: torch.device) -> torch.Generator:
 
 _SCOPE = threading.local()
 _BORROWING = threading.Lock()
+
+
+class NumbersComputed(TorchDispatchMode):
+    """Count the numbers that the operations of a scope give, those of derivatives too.
+
+    Attributes:
+        count: How many so far.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and count the numbers of its tensors."""
+        found = func(*args, **(kwargs or {}))
+        tensors = (each for each in tree_leaves(found) if isinstance(each, Tensor))
+        self.count += sum(each.numel() for each in tensors)
+        return found
 
 
 class _OwnGenerators(TorchDispatchMode):

@@ -215,6 +215,8 @@ def fit_guide(
     check_key(key)
     clock = Clock(max_seconds)
     if samples is not None:
+        if rounds is not None:
+            raise ValueError("expected samples or rounds, got both: samples are learned in one")
         check_settings(options or {})
     setup, draw = jax.random.split(key)
     with with_gradients(), _kept_if_refused(guide):
@@ -223,9 +225,8 @@ def fit_guide(
         check_plates(guide.prototype_trace)
         check_random_numbers(guide, args, kwargs)
         dtype = torch.float64 if jnp.result_type(float) == np.float64 else torch.float32
-        limit = clock.left()
-        settings: dict[str, Any] = {"max_seconds": limit, "seed": seed, "progress": progress}
-        settings |= options or {}
+        settings: dict[str, Any] = {"seed": seed, "progress": progress}
+        settings |= {"max_seconds": clock.left(), **(options or {})}
         with seeded(settings["seed"]):
             network = VelocityMLP(guide.latent_dim, guide.hidden_dims).to(dtype)
         posterior = distributions.InterpolantDistribution(transforms.InterpolantTransform(network))

@@ -424,7 +424,6 @@ class Run:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write the state, from the first of the processes."""
-        seconds = self.seconds()  # which all processes agree on
         if self.process.rank:
             return
         weights, counts = self.descent.state()
@@ -434,7 +433,7 @@ class Run:
         tensors = {**weights, **best, **rows, **kept, "generator": rng_state(self.device)}
         numbers = {
             "run": {"step": self.descent.steps, **{name: getattr(self, name) for name in _PLACE}},
-            "seconds": seconds,
+            "seconds": self.seconds(),
             "time_exponent": self.monitor.objective.exponent,
             "means": self.monitor.objective.means,
             "batches": place,

@@ -666,6 +666,7 @@ def test_refusals_of_fit_guide(kind, samples, message):
     ("options", "message"),
     [
         ({"max_seconds": -3.0}, r"expected max_seconds > 0, got -3\.0"),
+        ({"rounds": 3}, "expected samples or rounds, got both"),
         ({"options": {"base_samples": torch.zeros(9, 1)}}, "a guide starts from N"),
         ({"options": {"context": torch.zeros(9, 1)}}, "other options of fit than context"),
     ],

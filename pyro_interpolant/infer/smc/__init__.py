@@ -1,8 +1,7 @@
 r"""Sequential Monte Carlo with a flow: both learn an unnormalised density; no Pyro model is known.
 
 ``pathfinder`` finds where to begin, ``tempering`` carries particles from there to the target,
-and ``train`` regresses the flow on them, proposes to them by the flow, round by round, and shares
-out the time.
+and ``train`` regresses the flow on them and proposes to them by the flow, round by round.
 """
 
 from typing import TYPE_CHECKING

@@ -113,8 +113,28 @@ def test_a_density_gives_values_and_gradients_in_chunks():
     torch.testing.assert_close(value, expected.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), leaf)[0])
     torch.testing.assert_close(density(x), expected.detach())
+
+
+def test_rows_are_evaluated_in_blocks_by_what_each_computes():
+    rows = []
+    for width in (1, 10_000, 10**6):
+        density = LogDensity(lambda x, width=width: -x.expand(-1, width).square().sum(-1))
+        density.check(torch.randn(64, 1))
+        rows.append(density.rows)
+    assert rows[0] == 4096
+    assert 32 < rows[1] < 256
+    assert rows[2] == 32
+
+
+def test_a_density_may_take_derivatives_by_torch_func():
+    def log_density(x):  # -|z|^2 / 2, by the gradient of |z|^2 / 2
+        slope = torch.func.vmap(torch.func.grad(lambda z: 0.5 * z.square().sum()))(x)
+        return -0.5 * slope.square().sum(-1)
+
+    density, x = LogDensity(log_density), torch.randn(64, 2)
     density.check(x)
-    assert 32 <= density.rows <= 4096
+    torch.testing.assert_close(density(x), -0.5 * x.square().sum(-1))
+    torch.testing.assert_close(density.particles(x).gradient, -x)
 
 
 def test_gradients_are_not_looked_at_for_random_numbers():
