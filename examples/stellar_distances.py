@@ -97,7 +97,7 @@ def picture(path, panels):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a tiny run, to see that it works")
-    parser.add_argument("--steps", type=int, default=600, help="to learn from all stars")
+    parser.add_argument("--steps", type=int, default=1500, help="to learn from all stars")
     parser.add_argument("--picture", default="stellar_distances.png", help="the file to write")
     args = parser.parse_args()
     stars, draws, steps = (50, 100, 20) if args.smoke else (5000, 100, None)
