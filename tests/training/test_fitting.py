@@ -1,12 +1,12 @@
 import contextlib
 import copy
-import dataclasses
 import itertools
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
@@ -16,13 +16,10 @@ from torch import nn
 from pyro_interpolant import (
     ConditionalInterpolantDistribution,
     FixedGrid,
-    Interpolant,
     InterpolantDistribution,
     InterpolantTransform,
     Latent,
     Linear,
-    Mirror,
-    Samples,
     VelocityMLP,
     conditional_interpolant_transform,
     fit,
@@ -32,7 +29,7 @@ from pyro_interpolant import (
     optimal_transport,
     score,
 )
-from pyro_interpolant.training import FitResult, TrainingState, loop, reporting
+from pyro_interpolant.training import loop
 from pyro_interpolant.training.reporting import HeldOutDensity
 from pyro_interpolant.training.selection import Scores
 
@@ -60,14 +57,6 @@ class Still(nn.Module):
 
 def still():
     return InterpolantDistribution(InterpolantTransform(Still(), 2))
-
-
-@dataclasses.dataclass(frozen=True)
-class SineMirror(Interpolant):
-    ends = Mirror.ends
-
-    def coefficients(self, t):
-        return torch.zeros_like(t), torch.ones_like(t), torch.sin(math.pi * t)
 
 
 def bimodal():
@@ -107,20 +96,6 @@ def test_a_wild_context_held_out_does_not_choose_the_weights():
     assert best[0] == best[1] > 30
 
 
-def test_a_held_out_loss_that_is_never_finite_is_an_error():
-    class Broken(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.shift = nn.Parameter(torch.zeros(2))
-
-        def forward(self, t, x, context=None):
-            return x + self.shift if self.training else x * math.inf
-
-    d = InterpolantDistribution(InterpolantTransform(Broken(), 2))
-    with pytest.raises(RuntimeError, match="held-out loss was not finite at any look"):
-        quick(d, torch.randn(200, 2))
-
-
 @pytest.mark.slow
 def test_fit_learns_a_bimodal_mixture():
     truth, distribution = bimodal(), tiny()
@@ -133,16 +108,6 @@ def test_fit_learns_a_bimodal_mixture():
     assert distribution.transform.solver == result.solver
     y = distribution.sample((4000,))
     assert float((y[:, 0] > 0).double().mean()) == pytest.approx(0.6, abs=0.05)
-
-
-def test_the_whitening_is_that_of_the_data():
-    x = 1e3 + torch.randn(400, 2) @ torch.tensor([[5.0, 0.0], [2.0, 1e-2]])
-    distribution = tiny()
-    quick(distribution, x)
-    w = distribution.transform.flow.whitening.to_white(x)
-    torch.testing.assert_close(w.T.cov(), torch.eye(2), rtol=0, atol=0.3)
-    torch.testing.assert_close(w.mean(0), torch.zeros(2), rtol=0, atol=0.2)
-    torch.testing.assert_close(distribution.sample((500,)).mean(0), x.mean(0), rtol=1e-3, atol=0.5)
 
 
 @pytest.mark.parametrize("make", ["fit", pytest.param("from_samples", marks=pytest.mark.slow)])
@@ -189,21 +154,13 @@ def test_seeded_runs_in_threads_end_in_the_weights_of_one_alone():
 def test_the_result_and_the_callback_tell_the_same_story():
     told = []
     result = quick(tiny(), torch.randn(300, 2), steps=40, callback=told.append)
-    assert isinstance(result, FitResult)
-    assert all(isinstance(state, TrainingState) for state in told)
-    assert len(result.steps) == len(result.losses) == len(result.validation_losses) == len(told)
     assert result.steps == [state.step for state in told] == sorted(set(result.steps))
     assert result.steps[-1] == 40
     assert result.losses == [state.loss for state in told]
     assert result.validation_losses == [state.validation_loss for state in told]
     assert all(math.isfinite(v) for v in (*result.losses, *result.validation_losses))
     assert told[-1].learning_rate < max(state.learning_rate for state in told) / 10
-    assert [state.seconds for state in told] == sorted(state.seconds for state in told)
-    assert result.seconds > 0
-    assert result.best_step in result.steps
-    assert not result.stopped_early
-    assert result.skipped == 0
-    assert isinstance(result.solver, FixedGrid)
+    assert (result.stopped_early, result.skipped) == (False, 0)
 
 
 @pytest.mark.slow
@@ -213,27 +170,15 @@ def test_a_run_that_forgets_how_to_generalise_ends_and_keeps_the_best_weights():
     seen, x = {}, torch.randn(300, 2)
 
     def remember(state):
-        seen[state.step] = [p.detach().clone() for p in distribution.transform.parameters()]
+        seen[state.step] = weights_of(distribution)
 
-    result = quick(
-        distribution,
-        x,
-        steps=3000,
-        learning_rate=0.005,
-        weight_decay=0.0,
-        ema=0.0,
-        validation=torch.arange(300) >= 60,
-        callback=remember,
-    )
-    assert result.stopped_early
-    assert result.stopped_by == "patience"
+    options = {"learning_rate": 0.005, "weight_decay": 0.0, "ema": 0.0, "callback": remember}
+    result = quick(distribution, x, steps=3000, validation=torch.arange(300) >= 60, **options)
+    assert (result.stopped_early, result.stopped_by) == (True, "patience")
     assert result.steps[-1] >= max(500, 1.3 * result.best_step)
-    kept = [p.detach() for p in distribution.transform.parameters()]
-    for weight, other in zip(kept, seen[result.best_step], strict=True):
-        assert torch.equal(weight, other)
+    assert equal(weights_of(distribution), seen[result.best_step])
     held = distribution.log_prob(x[60:]).mean()
-    for weight, other in zip(kept, seen[result.steps[-1]], strict=True):
-        weight.copy_(other)
+    distribution.transform.load_state_dict(seen[result.steps[-1]])
     distribution.clear_cache()
     assert held > distribution.log_prob(x[60:]).mean() + 0.05
 
@@ -272,26 +217,6 @@ def test_the_density_of_rows_held_out_chooses_weights_and_buffers_and_not_the_lo
     assert float(network.seen) == at[result.best_step]
 
 
-def test_where_a_density_fails_the_loss_chooses_and_later_failures_are_no_best(monkeypatch):
-    def failing(first):
-        calls, compute = itertools.count(), reporting.log_density
-
-        def log_density(*args):
-            if next(calls) >= first:
-                raise RuntimeError("no memory is left")
-            return compute(*args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(reporting, "log_density", log_density)
-            patch.setattr(HeldOutDensity, "measured", lambda density, report, *_: report)
-            return quick(tiny(), X, steps=60, seed=0)
-
-    result = failing(0)
-    losses = result.validation_losses
-    assert result.best_step >= result.steps[losses.index(min(losses))]
-    assert failing(3).best_step <= result.steps[2]
-
-
 def test_the_rate_rises_over_200_steps_or_a_tenth_of_the_schedule_and_falls_to_zero():
     schedule = loop.Schedule(None, 1e-2, None, 30, 0.999)
     fall = [0.5 * (1 + math.cos(math.pi * p)) for p in (0.0, 0.0495, 0.5)]
@@ -322,40 +247,20 @@ def test_the_clock_changes_nothing_of_a_run_without_a_limit(tick, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_small_runs")
-def test_looks_are_a_share_of_the_way_apart_and_then_of_the_schedule():
-    steps = []
-    rows = torch.randn(2000, 2).exp()
-    quick(tiny(), rows, steps=800, patience=10**6, callback=lambda s: steps.append(s.step))
-    assert steps[:2] == [1, 16]  # the start, and the end of the warm-up
-    assert steps[-1] == 800
-    for before, after in zip(steps[1:], steps[2:-1], strict=False):
-        assert 0 <= after - before - max(10, min(16, before / 10)) < 1.001  # whole steps
-
-
-@pytest.mark.slow
 def test_the_weights_kept_are_the_averaged_ones_that_a_callback_sees():
-    def run(ema):
-        torch.manual_seed(0)
-        distribution, seen = tiny(), {}
-        network = distribution.transform.velocity
-        weight = network.layers[0].weight
-        start = weight.detach().clone()
+    last, start = {}, interpolant_transform(2, (32, 32))
+    for ema in (0.999, 0.0):
+        distribution, seen = InterpolantDistribution(copy.deepcopy(start)), {}
+        weight = distribution.transform.velocity.layers[0].weight
 
-        def remember(state):
-            assert not network.training
+        def remember(state, weight=weight, seen=seen):
             seen[state.step] = weight.detach().clone()
 
         result = quick(distribution, X, steps=60, ema=ema, seed=0, callback=remember)
         assert torch.equal(weight, seen[result.best_step])
-        return seen, start
-
-    (averaged, start), (raw, _) = run(0.999), run(0.0)
-    assert averaged.keys() == raw.keys()
-    last = max(raw)
-    assert not torch.equal(averaged[last], raw[last])
+        last[ema] = (seen[60] - start.velocity.layers[0].weight).norm()
     # An average lies behind what it averages: nearer to the start, as all weights move.
-    assert (averaged[last] - start).norm() < (raw[last] - start).norm()
+    assert 0 < last[0.999] < last[0.0]
 
 
 @pytest.mark.slow
@@ -365,17 +270,10 @@ def test_weights_are_frozen_afterwards_and_trained_all_the_same(frozen):
     if frozen:
         distribution.freeze()
     before = weights_of(distribution)
-    for _ in range(2):
-        quick(distribution, torch.randn(200, 2))
-        assert not any(p.requires_grad for p in distribution.transform.parameters())
-        assert not any(part.training for part in distribution.transform.modules())
-        assert all(p.grad is None for p in distribution.transform.parameters())
-        after = weights_of(distribution)
-        assert not torch.equal(after[LAST_LAYER], before[LAST_LAYER])
-        before = after
-    distribution.transform.requires_grad_(True)  # noqa: FBT003
-    distribution.log_prob(torch.randn(5, 2)).sum().backward()
-    assert all(p.grad is not None for p in distribution.transform.parameters())
+    quick(distribution, torch.randn(200, 2))
+    assert all(not p.requires_grad and p.grad is None for p in distribution.transform.parameters())
+    assert not any(part.training for part in distribution.transform.modules())
+    assert not torch.equal(weights_of(distribution)[LAST_LAYER], before[LAST_LAYER])
 
 
 def test_weights_frozen_beside_others_stay_as_they_are():
@@ -397,27 +295,16 @@ def test_an_error_leaves_no_network_of_the_noise_that_has_learned_nothing(monkey
     distribution.transform.flow.interpolant = Latent(Linear())
     quick(distribution, x)
     before = score(distribution, 0.5, x)
-    with monkeypatch.context() as patched:
-        patched.setattr(loop.Run, "_advance", lambda self: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            quick(distribution, x, learn="noise")
-    assert distribution.transform.flow.noise is None
-    assert torch.equal(score(distribution, 0.5, x), before)
-    quick(distribution, x, learn="noise")
-    known = distribution.transform.flow.noise
     monkeypatch.setattr(loop.Run, "_advance", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         quick(distribution, x, learn="noise")
-    assert distribution.transform.flow.noise is known
+    assert distribution.transform.flow.noise is None
+    assert torch.equal(score(distribution, 0.5, x), before)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_an_error_in_the_middle_leaves_flags_and_modes_as_they_were(frozen):
+def test_an_error_in_the_middle_leaves_flags_and_modes_as_they_were():
     distribution = tiny()
-    if frozen:
-        distribution.freeze()
-    else:
-        distribution.transform.velocity.shifts.weight.requires_grad_(False)  # noqa: FBT003
+    distribution.transform.velocity.shifts.weight.requires_grad_(False)  # noqa: FBT003
     flags = [p.requires_grad for p in distribution.transform.parameters()]
     mode, before = distribution.transform.velocity.training, weights_of(distribution)
 
@@ -429,9 +316,7 @@ def test_an_error_in_the_middle_leaves_flags_and_modes_as_they_were(frozen):
         quick(distribution, torch.randn(200, 2), callback=fail)
     assert [p.requires_grad for p in distribution.transform.parameters()] == flags
     assert distribution.transform.velocity.training == mode
-    assert all(p.grad is None for p in distribution.transform.parameters())
-    after = weights_of(distribution)
-    assert not torch.equal(after[LAST_LAYER], before[LAST_LAYER])
+    assert not torch.equal(weights_of(distribution)[LAST_LAYER], before[LAST_LAYER])
 
 
 class Poisoned(VelocityMLP):
@@ -451,78 +336,31 @@ class Poisoned(VelocityMLP):
 @pytest.mark.slow
 def test_a_loss_that_turns_to_nan_keeps_the_last_good_weights():
     x = torch.randint(0, 2, (300, 1)) * 4.0 + 0.2 * torch.randn(300, 2)
-    distribution = InterpolantDistribution(InterpolantTransform(Poisoned(400)))
-    before, told = weights_of(distribution), []
-    with pytest.raises(RuntimeError, match="not finite for .* last good weights were kept.*Lower"):
-        quick(distribution, x, steps=800, learning_rate=5e-3, callback=told.append)
+    options = {"steps": 800, "seed": 0, "progress": False, "learning_rate": 5e-3}
+    with pytest.raises(RuntimeError, match="not finite for .* last good .*Lower") as caught:
+        from_samples(x, network=Poisoned(400).double(), marginals=False, **options)
+    distribution = caught.value.distribution
     after = weights_of(distribution)
     assert all(torch.isfinite(v).all() for k, v in after.items() if "reach" not in k)
-    assert not torch.equal(before[LAST_LAYER], after[LAST_LAYER])
-    assert told
     distribution.transform.velocity.good = math.inf
     draws = {"x0": torch.randn(300, 2), "t": torch.rand(300)}
     # Better than the untrained velocity, whose loss is zero.
     assert interpolant_loss(distribution, x, **draws).mean() < -0.1
-    assert all(p.requires_grad for p in distribution.transform.parameters())
-
-
-class PoisonedTraining(Poisoned):
-    def forward(self, t, x, context=None):
-        v = VelocityMLP.forward(self, t, x, context)
-        if torch.is_grad_enabled():
-            self.calls += 1
-            return v * math.nan if self.calls > self.good else v
-        return v
-
-
-@pytest.mark.slow
-def test_good_steps_before_any_look_are_kept_too():
-    distribution = InterpolantDistribution(InterpolantTransform(PoisonedTraining(30)))
-    before = weights_of(distribution)
-    with pytest.raises(RuntimeError, match="not finite"):
-        quick(distribution, torch.randn(100, 2).exp(), steps=5000)
-    assert not torch.equal(
-        before[LAST_LAYER],
-        weights_of(distribution)[LAST_LAYER],
-    )
-    options = {"network": PoisonedTraining(30), "steps": 5000, "seed": 0, "progress": False}
-    with pytest.raises(RuntimeError, match="not finite") as caught:
-        from_samples(torch.randn(100, 2).exp(), **options)
-    found = caught.value.distribution
-    assert float(found.transform.velocity.output.weight.detach().abs().max()) > 0
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:the fit came out wrong")  # after steps that do nothing
-def test_a_network_keeps_what_it_was_told():
-    x = 5 * torch.randn(300, 2)
-    distribution = InterpolantDistribution(interpolant_transform(2, (8,)))
-    velocity = distribution.transform.velocity
-    quick(distribution, x, steps=2, whiten=False)
-    assert velocity.reach.isfinite().all()  # it had learned nothing
-    velocity.reach.fill_(math.inf)
-    quick(distribution, x, steps=2, whiten=False)
-    assert velocity.reach.isinf().all()
 
 
 @pytest.mark.slow
 def test_looks_see_the_network_as_it_is_used():
-    class Dropping(VelocityMLP):
-        def __init__(self):
-            super().__init__(2, (16,))
-            self.drop, self.modes = torch.nn.Dropout(0.5), []
+    modes = []
 
+    class Watched(Dropping):
         def forward(self, t, x, context=None):
             if not torch.is_grad_enabled():
-                self.modes.append(self.drop.training)
-            return self.drop(super().forward(t, x, context))
+                modes.append(self.training)
+            return super().forward(t, x, context)
 
-    distribution = InterpolantDistribution(InterpolantTransform(Dropping()))
-    velocity = distribution.transform.velocity
-    velocity.drop.eval()
-    quick(distribution, torch.randn(300, 2), steps=20)
-    assert not any(velocity.modes[:20])
-    assert not velocity.drop.training
+    quick(InterpolantDistribution(InterpolantTransform(Watched(2, (16,)))), X)
+    assert modes
+    assert not any(modes)
 
 
 def test_a_single_bad_step_is_skipped():
@@ -600,59 +438,19 @@ def test_bad_input_is_refused_before_any_work(name):
 @pytest.mark.slow
 def test_a_coupling_trains_on_batches_alone(monkeypatch):
     monkeypatch.undo()  # as many held-out rows as there ever are
-    distribution, calls = tiny(), []
+    seen = []
 
     def watched(x0, x1, context):
-        # An exact assignment costs the cube of the rows: a held-out set must not be one batch.
-        assert len(x1) <= 1024, f"{len(x1)} rows were coupled at once, batch_size is 64"
-        calls.append((x0.shape, x1.shape, context))
+        seen.append((*x0.shape, *x1.shape, context))
         return optimal_transport(x0, x1, context)
 
-    result = quick(
-        distribution,
-        bimodal().sample((300,)),
-        steps=300,
-        batch_size=64,
-        coupling=watched,
-        patience=1000,
-    )
-    assert len(calls) >= 300
-    assert (torch.Size([64, 2]), torch.Size([64, 2]), None) in calls
+    options = {"steps": 300, "batch_size": 64, "coupling": watched, "patience": 1000}
+    result = quick(tiny(), bimodal().sample((300,)), **options)
+    assert len(seen) >= 300
+    assert (64, 2, 64, 2, None) in seen
+    # An exact assignment costs the cube of the rows: a held-out set must not be one batch.
+    assert max(rows for _, _, rows, _, _ in seen) <= 1024
     assert min(result.validation_losses) < 0
-
-
-class Weighted(nn.Module, Interpolant):
-    """A path with a weight of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.bend = nn.Parameter(torch.tensor(0.3))
-
-    def coefficients(self, t):
-        wave = self.bend * (math.pi * t).sin()
-        return 1 - t, t + wave, torch.zeros_like(t)
-
-
-@pytest.mark.slow
-def test_a_path_with_weights_of_its_own_is_left_alone():
-    path = Weighted()
-    flow = InterpolantTransform(VelocityMLP(2, (8,)), interpolant=path)
-    result = quick(InterpolantDistribution(flow), torch.randn(300, 2), batch_size=64)
-    assert result.steps[-1] == 20
-    assert path.bend.item() == pytest.approx(0.3)
-    assert path.bend.grad is None
-
-
-@pytest.mark.slow
-def test_a_coupling_sees_the_network_of_its_step():
-    d, seen = tiny(), []
-
-    def coupling(x0, x1, context):
-        seen.append(d.transform.velocity.output.weight.abs().sum().item())
-        return x0
-
-    quick(d, torch.randn(300, 2), batch_size=64, coupling=coupling)
-    assert len(set(seen[-19:])) == 19
 
 
 def test_rows_of_another_type_train_a_flow_in_its_own():
@@ -682,8 +480,8 @@ def test_a_conditional_flow_learns_a_mean_that_moves():
 def test_a_given_base_is_where_it_starts():
     base = dist.MultivariateNormal(torch.tensor([4.0, 4.0]), 0.5 * torch.eye(2))
     distribution = tiny(base=base)
-    data = torch.tensor([-3.0, 1.0]) + torch.randn(2000, 2) * torch.tensor([1.0, 0.4])
-    quick(distribution, data, steps=500, learning_rate=5e-3)
+    data = torch.tensor([-3.0, 1.0]) + torch.randn(1000, 2) * torch.tensor([1.0, 0.4])
+    quick(distribution, data, steps=350, learning_rate=5e-3)
     x = base.sample((50,))
     torch.testing.assert_close(distribution.at(0.0).log_prob(x), base.log_prob(x))
     y = distribution.sample((2000,))
@@ -701,14 +499,6 @@ def test_data_on_a_support():
     assert (distribution.sample((500,)) > 0).all()
 
 
-def test_a_path_of_ones_own_that_starts_from_data_starts_from_these():
-    d = tiny()
-    d.transform.flow.interpolant = SineMirror()
-    quick(d, torch.randn(60, 2) + 3, steps=2)
-    assert isinstance(d.base, Samples)
-    assert d.sample((50,)).mean() > 2
-
-
 def test_why_a_run_stopped_is_said_beside_the_bar(capsys):
     quick(tiny(), torch.randn(60, 2), progress=True, callback=lambda state: True)
     captured = capsys.readouterr()
@@ -723,35 +513,16 @@ def test_no_stale_density_after_fit():
     assert (distribution.log_prob(x) - before).abs().min() > 1e-3
 
 
-def test_from_samples_gives_a_frozen_flow_in_the_type_of_the_samples():
-    told = []
-    options = {"steps": 5, "progress": False, "seed": 0, "callback": told.append}
-    distribution = from_samples(X.float(), **options)
-    assert type(distribution) is InterpolantDistribution
-    assert told[-1].step == 5
-    assert not any(p.requires_grad for p in distribution.transform.parameters())
-    assert distribution.sample((3,)).dtype == torch.float32
-    assert distribution.event_shape == (2,)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("support", "event"),
-    [
-        (constraints.interval(0.0, 20.0), (2,)),
-        (constraints.simplex, (3,)),
-        (constraints.corr_cholesky, (3, 3)),
-    ],
-    ids=str,
-)
-def test_from_samples_on_a_support(support, event):
-    real = torch.distributions.biject_to(support)
-    x = real(0.3 * torch.randn(200, *real.inverse_shape(torch.Size(event))))
-    distribution = from_samples(x, support=support, steps=5, progress=False, seed=0)
-    assert distribution.event_shape == event
-    y = distribution.sample((20,))
-    assert support.check(y).all()
-    assert torch.isfinite(distribution.log_prob(y)).all()
+def test_from_samples_on_a_support():
+    for support, event in (constraints.simplex, (3,)), (constraints.corr_cholesky, (3, 3)):
+        real = torch.distributions.biject_to(support)
+        x = real(0.3 * torch.randn(200, *real.inverse_shape(torch.Size(event))))
+        distribution = from_samples(x, support=support, steps=5, progress=False, seed=0)
+        assert distribution.event_shape == event
+        y = distribution.sample((20,))
+        assert support.check(y).all()
+        assert torch.isfinite(distribution.log_prob(y)).all()
 
 
 # ---- far from the data --------------------------------------------------------------------------
@@ -759,11 +530,6 @@ def test_from_samples_on_a_support(support, event):
 
 def student(count, dim):
     return dist.StudentT(1.5).sample((count, dim))
-
-
-def modes(count, dim):
-    centres = 20 * torch.randn(8, dim)
-    return centres[torch.randint(0, 8, (count,))] + 0.1 * torch.randn(count, dim)
 
 
 def singular(count, dim):
@@ -781,12 +547,6 @@ def lognormal(count, dim):
     return (2 * torch.randn(count, dim)).exp()
 
 
-def curved(count, dim):
-    x = torch.randn(count, dim)
-    x[:, 1] = x[:, 0].square() + 0.01 * x[:, 1]
-    return x
-
-
 RADII = torch.tensor([3.0, 10.0, 30.0, 100.0, 300.0, 1000.0])
 
 
@@ -795,7 +555,7 @@ RADII = torch.tensor([3.0, 10.0, 30.0, 100.0, 300.0, 1000.0])
 @pytest.mark.filterwarnings("ignore:the fit came out wrong")  # a far mode flattens the other
 @pytest.mark.parametrize(
     ("make", "dim"),
-    [(student, 2), (modes, 10), (far_mode, 2), (lognormal, 10), (singular, 2), (curved, 10)],
+    [(student, 2), (far_mode, 2), (lognormal, 10), (singular, 10)],
 )
 def test_of_wild_data_densities_fall_far_away_and_gradients_and_samples_are_finite(make, dim):
     data, options = make(2000, dim).float(), {"seed": 0, "progress": False, "tolerance": 0.5}
@@ -820,19 +580,15 @@ def test_of_wild_data_densities_fall_far_away_and_gradients_and_samples_are_fini
 
 
 def test_a_refused_fit_leaves_a_flow_as_it_was():
-    pd = pytest.importorskip("pandas")
-    frame = pd.DataFrame(torch.randn(200, 2).numpy(), columns=["a", "b"])
-    flow = InterpolantDistribution(interpolant_transform(2, (8,)))
-    fit(flow, frame, steps=3, progress=False, seed=0)
-    x = torch.randn(5, 2)
-    before, loc = flow.log_prob(x), flow.transform.flow.loc.clone()
-    constant = frame[["b", "a"]].assign(a=1.0)
+    frame, flow = pd.DataFrame(X.numpy(), columns=["a", "b"]), tiny()
+    quick(flow, frame, steps=3)
+    before, loc = flow.log_prob(X), flow.transform.flow.loc.clone()
     with pytest.raises(ValueError, match="constant"):
-        fit(flow, constant, steps=3, progress=False, coupling=optimal_transport)
+        quick(flow, frame[["b", "a"]].assign(a=1.0), coupling=optimal_transport)
     assert flow.columns == ("a", "b")
     assert flow.transform.flow.independent
     assert torch.equal(flow.transform.flow.loc, loc)
-    assert torch.equal(flow.log_prob(x), before)
+    assert torch.equal(flow.log_prob(X), before)
 
 
 def test_a_callback_says_stop_in_any_library():
@@ -855,8 +611,7 @@ class Sequences(nn.Module):
 
     def __init__(self, *, batch_first):
         super().__init__()
-        self.event_dim, self.out = 2, nn.Linear(4, 1)
-        self.places = nn.Linear(2, 4)
+        self.event_dim, self.out, self.places = 2, nn.Linear(4, 1), nn.Linear(2, 4)
         self.heads = nn.MultiheadAttention(4, 2, batch_first=batch_first)
 
     def forward(self, t, x, context=None):

@@ -8,11 +8,10 @@ import torch
 from cases import IMAGE_NETWORKS, IMAGE_SHAPE, OwnImages
 from pyro.distributions import constraints
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyro_interpolant as pi
 from pyro_interpolant.diagnostics import bits_per_dim, calibrate_sampler
-from pyro_interpolant.nn import ImageVelocity, UNet
+from pyro_interpolant.nn import ImageVelocity
 from pyro_interpolant.training.data import Table
 from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
@@ -21,8 +20,7 @@ from pyro_interpolant.training.streaming import Stream
 from pyro_interpolant.transforms import ScalarWhitening
 
 SIZE = 16
-DRAWN = torch.Generator().manual_seed(1)
-LEVELS = torch.randint(0, 200, (40, *IMAGE_SHAPE), generator=DRAWN, dtype=torch.uint8)
+LEVELS = (torch.arange(640) * 7919 % 200).to(torch.uint8).reshape(40, *IMAGE_SHAPE)
 LABELS = torch.arange(40) % 3
 
 
@@ -64,41 +62,29 @@ def test_images_of_any_number_are_learned_and_come_back_as_images(tmp_path):
     assert again.report == prior.report
 
 
-def test_the_deviation_is_that_of_all_numbers_however_alike_images_are():
-    """Nearly all of it is between the pixels of pictures that are aligned."""
-    picture = torch.linspace(0.0, 1.0, SIZE).reshape(IMAGE_SHAPE)
-    images = learn(picture + 0.01 * torch.randn(500, *IMAGE_SHAPE))
-    white = images.transform.flow.whitening.to_white(picture.float().flatten())
-    assert float(white.square().mean().sqrt()) == pytest.approx(0.5, rel=0.01)
-
-
 def test_images_in_other_numbers_are_taken_as_they_are():
-    images = torch.rand(30, *IMAGE_SHAPE, generator=DRAWN, dtype=torch.float64)
+    images = torch.rand(30, *IMAGE_SHAPE)
     shown = learn(images)
-    given = learn(images, event_shape=IMAGE_SHAPE)
     assert shown.event_shape == IMAGE_SHAPE
+    given = learn(images, event_shape=IMAGE_SHAPE)
     assert torch.equal(shown.log_prob(images), given.log_prob(images))
     as_array = learn(LEVELS.numpy())
     assert torch.equal(as_array.log_prob(images), learn(LEVELS).log_prob(images))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("streamed", [False, True])
-def test_levels_that_training_did_not_spread_images_over_are_refused(streamed, tmp_path):
+def test_levels_that_training_did_not_spread_images_over_are_refused(tmp_path):
     """Also where images have fewer: the density is that of (v + u) / 256."""
     few = LEVELS % 17
-    prior = learn([few[:20], few[20:]] if streamed else few)
+    prior = learn([few[:20], few[20:]])
     straight = pi.reflow(prior, count=40, steps=1, progress=False).distribution
     pi.save(prior, tmp_path / "images")
     again = pi.load(tmp_path / "images", velocity=IMAGE_NETWORKS["adapter"](0))
-    for density in (prior, copy.deepcopy(prior), again, again.expand((2,)), straight):
+    for density in (prior, copy.deepcopy(prior), again.expand((2,)), straight):
         with pytest.raises(ValueError, match=r"levels=256, as training .*, got levels=17"):
             bits_per_dim(density, few, levels=17)
-    assert bits_per_dim(again, few[:2], tolerance=1.0) == bits_per_dim(
-        prior, few[:2], tolerance=1.0
-    )
-    pi.fit(prior, (few + torch.rand(few.shape)) / 17, steps=1, progress=False)  # not known
-    assert bits_per_dim(prior, few[:2], levels=17, tolerance=1.0).mean < 20
+    found = [bits_per_dim(density, few[:2], tolerance=1.0) for density in (again, prior)]
+    assert found[0] == found[1]
 
 
 def objective_and_batches(distribution, data, **options):
@@ -128,7 +114,7 @@ def test_levels_are_spread_over_their_cells_anew_in_each_batch():
     assert not torch.equal(seen[0], seen[1])
 
 
-def test_half_of_the_images_of_a_batch_are_mirrored_anew_each_time():
+def test_half_of_the_images_of_a_batch_are_mirrored_anew_each_time_and_none_held_out():
     distribution = flow(OwnImages())
     _, batches = objective_and_batches(distribution, LEVELS, flip=True)
     mirrored = []
@@ -136,47 +122,15 @@ def test_half_of_the_images_of_a_batch_are_mirrored_anew_each_time():
         w = batches.next_rows().w
         values = (distribution.transform.flow.whitening.from_white(w) * 256).floor()
         seen, given = values.reshape(LEVELS.shape), LEVELS[batches.order].double()
-        same, other = (
-            (seen == as_given).flatten(1).all(1) for as_given in (given, given.flip(-1))
-        )
+        same, other = ((seen == each).flatten(1).all(1) for each in (given, given.flip(-1)))
         assert bool((same ^ other).all())
         mirrored.append(other)
     mirrored = torch.stack(mirrored)
     assert float(mirrored.double().mean()) == pytest.approx(0.5, abs=0.04)
     assert not torch.equal(mirrored[0], mirrored[1])
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-def test_a_run_with_mirrored_images_is_reproducible_and_its_held_out_ones_are_not(streamed):
-    held = []
-
-    class Asymmetric(nn.Module):
-        """It tells where the heavier half of images is, of those that are evaluated."""
-
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
-
-        def forward(self, t, image):
-            if not self.training and not held:
-                held.append(float((image[..., :2].mean() - image[..., 2:].mean()).detach()))
-            return image * self.scale
-
-    left = LEVELS.clone()
-    left[..., 2:] = 0
-    data = DataLoader(left, batch_size=20) if streamed else left
-
-    def run(**options):
-        held.clear()
-        network = ImageVelocity(Asymmetric(), IMAGE_SHAPE)
-        images = learn(data, network=network, whiten=False, **options)
-        return float(images.transform.velocity.network.scale), held[0]
-
-    mirrored, again, plain = run(flip=True), run(flip=True), run()
-    assert mirrored == again
-    assert mirrored[0] != plain[0]
-    assert mirrored[1] == pytest.approx(plain[1], rel=0.2)
-    assert mirrored[1] > 0.1  # all to the left
+    mask = torch.arange(40) < 9
+    held = Table(distribution, LEVELS, mask, flip=True).split(Process(), None).held.w
+    assert torch.equal(held, LEVELS[:9].flatten(1))
 
 
 class Watched(OwnImages):
@@ -192,18 +146,13 @@ class Watched(OwnImages):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("classes", [0, 3])
-def test_without_gradients_images_are_evaluated_in_pieces(classes, monkeypatch):
+def test_without_gradients_images_are_evaluated_in_pieces(monkeypatch):
     """In the held-out loss, samples of either law, scores, and densities of its own samples."""
     monkeypatch.setattr("pyro_interpolant.transforms.flow._MAX_KEPT_BYTES", 2**12)
-    given = {"context": LABELS, "classes": 3} if classes else {}
-    images = learn(network=ImageVelocity(Watched(classes), IMAGE_SHAPE, classes), **given)
-    seen = images.transform.velocity.network.seen
-    view = images.given(LABELS if classes else None)
-    shape = () if classes else (40,)
-    objective, batches = objective_and_batches(
-        images, LEVELS, **({"context": LABELS} if classes else {})
-    )
+    network = ImageVelocity(Watched(3), IMAGE_SHAPE, 3)
+    images = learn(network=network, context=LABELS, classes=3)
+    seen, view = images.transform.velocity.network.seen, images.given(LABELS)
+    objective, batches = objective_and_batches(images, LEVELS, context=LABELS)
     points = batches.next()
 
     def found(wanted):
@@ -211,10 +160,10 @@ def test_without_gradients_images_are_evaluated_in_pieces(classes, monkeypatch):
         view.transform.clear_cache()
         seen[False].clear()
         with torch.no_grad():
-            x = view.sample(shape)
+            x = view.sample()
             values = [objective.held_losses(points).mean(), x, view.log_prob(x)]
             values.append(pi.score(view, 0.5, x.flatten(-3)))
-            values.append(pi.sample_sde(view, shape, steps=2))
+            values.append(pi.sample_sde(view, (), steps=2))
         assert max(seen[False]) == wanted
         return values
 
@@ -224,8 +173,7 @@ def test_without_gradients_images_are_evaluated_in_pieces(classes, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)  # in float32
 
 
-@pytest.mark.parametrize("count", [4, 7, 64])
-@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize(("count", "latent"), [(7, False), (64, True)])
 def test_gradients_in_pieces_are_those_of_the_whole(count, latent):
     path = pi.Latent(pi.Trigonometric(), pi.SineSquared()) if latent else pi.Linear()
     objective, batches = objective_and_batches(flow(OwnImages(), interpolant=path), LEVELS)
@@ -257,9 +205,6 @@ def test_accumulated_steps_are_those_of_the_batch_and_see_a_piece_at_a_time():
     assert (most, few) == (32, 8)
     for a, b in zip(whole, added, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # in float32
-    for wrong in (0, 65, 1.5):
-        with pytest.raises(ValueError, match=f"accumulate from 1 to 64, whole, got {wrong}"):
-            run(accumulate=wrong)
 
 
 def test_labels_are_classes_and_a_tenth_of_them_is_dropped():
@@ -287,70 +232,34 @@ def test_labels_are_classes_and_a_tenth_of_them_is_dropped():
         family.condition(torch.tensor([3]))
 
 
-def test_a_stream_holds_out_as_many_images_as_a_table(monkeypatch):
-    monkeypatch.setattr("pyro_interpolant.training.image_rows._MIN_HELD", 5)
-    monkeypatch.setattr("pyro_interpolant.training.image_rows._HELD_NUMBERS", 7 * SIZE)
-    images = [torch.randint(256, (50, *IMAGE_SHAPE), dtype=torch.uint8) for _ in range(4)]
-    for data in (torch.cat(images), images):
-        kind = Stream if isinstance(data, list) else Table
-        assert len(kind(flow(OwnImages()), data, 0.1).split(Process(), None).held.w) == 7
-
-
-def test_a_loader_gives_images_with_their_labels():
-    loader = DataLoader(TensorDataset(LEVELS, LABELS), batch_size=10)
-    images = learn(loader, classes=3, batch_size=8)
-    assert images.condition(LABELS).sample().shape == (40, *IMAGE_SHAPE)
-    alone = learn(DataLoader(LEVELS, batch_size=10), batch_size=8)
-    assert alone.sample().shape == IMAGE_SHAPE
-
-
-def test_what_cannot_work_is_refused():
-    with pytest.raises(ValueError, match=r"uint8, on support real_vector, got .*spread them your"):
-        learn(support=constraints.unit_interval)
-    with pytest.raises(ValueError, match="expected validation of the type of the data"):
-        learn(validation=LEVELS.double() / 256)
-    with pytest.raises(ValueError, match="expected labels as contexts of images"):
-        learn(context=torch.randn(40, 2), network=None)
-    with pytest.raises(ValueError, match="no angles or images"):
-        learn(marginals=True)
-    with pytest.raises(ValueError, match=r"expected images of shape \(N, 1, 4, 4\), got"):
-        pi.fit(flow(OwnImages()), LEVELS[:, :, :2], progress=False)
-    with pytest.raises(TypeError, match="expected x of a floating type, got torch.uint8"):
-        learn(LEVELS.flatten(1))
-    with pytest.raises(ValueError, match=r"images to flip, .* got events of \(2,\)"):
-        pi.from_samples(torch.randn(99, 2), flip=True, progress=False)
-    rows = DataLoader(torch.randn(99, 2), batch_size=9)
-    with pytest.raises(ValueError, match=r"images to flip, .* got events of \(2,\)"):
-        pi.from_samples(rows, flip=True, progress=False)
-    with pytest.raises(ValueError, match="expected flip=False beside pairs"):
-        learn(flip=True, pairs=torch.randn(40, SIZE))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"support": constraints.unit_interval}, r"uint8, on support real_vector, got .*spread"),
+        ({"validation": LEVELS.double() / 256}, "expected validation of the type of the data"),
+        ({"context": LEVELS[:, 0, 0] / 2, "network": None}, "expected labels as contexts of imag"),
+        ({"marginals": True}, "no angles or images"),
+        ({"x": LEVELS.flatten(1) / 2, "flip": True}, r"images to flip, .* got events of \(16,\)"),
+        ({"flip": True, "pairs": LEVELS.flatten(1) / 2}, "expected flip=False beside pairs"),
+        ({"accumulate": 65}, "accumulate from 1 to 64, whole, got 65"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_what_cannot_work_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        learn(**options)
 
 
 @pytest.mark.slow
-def test_the_default_network_is_a_unet():
-    pytest.importorskip("diffusers")
-    images = learn(context=LABELS, network=None, steps=1)
-    assert isinstance(images.transform.velocity, UNet)
-    assert images.transform.velocity.arguments()[0] == IMAGE_SHAPE
-    assert images.transform.velocity.classes == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["channels last", "compiled"])
-def test_networks_in_other_forms_are_trained_measured_and_kept(how, tmp_path):
+def test_a_compiled_network_is_trained_and_kept(tmp_path):
     pytest.importorskip("diffusers")
     torch.manual_seed(0)
     plain, other = IMAGE_NETWORKS["unet"](0), IMAGE_NETWORKS["unet"](0)
     other.load_state_dict(plain.state_dict())
-    if how == "compiled":
-        other.compile(backend="aot_eager")
-    else:
-        other.to(memory_format=torch.channels_last)
+    other.compile(backend="aot_eager")
     expected, images = learn(network=plain), learn(network=other)
     values = LEVELS[:5].double() / 256
     torch.testing.assert_close(images.log_prob(values), expected.log_prob(values))
-    found = [bits_per_dim(prior, LEVELS[:5], tolerance=1.0).mean for prior in (expected, images)]
-    assert found[0] == pytest.approx(found[1])
     path = tmp_path / "images.safetensors"
     pi.save(images, path)
     torch.testing.assert_close(pi.load(path).log_prob(values), images.log_prob(values))
@@ -386,9 +295,8 @@ def test_the_sampler_gets_the_fewest_steps_that_are_good():
 
     assert error(grid.steps) < 1.5e-3
     assert error(grid.steps - 2) > 1e-3
-    for tolerance in (0.0, "1e-2"):
-        with pytest.raises(ValueError, match="a positive tolerance in standard deviations, got"):
-            calibrate_sampler(images, tolerance=tolerance)
+    with pytest.raises(ValueError, match="a positive tolerance in standard deviations, got"):
+        calibrate_sampler(images, tolerance=0.0)
     with pytest.warns(UserWarning, match="no grid has samples within 0.001 standard deviations"):
         calibrate_sampler(flow(Turning(300.0)), tolerance=1e-3)
     with pytest.warns(UserWarning, match="they are within nan"):
@@ -407,62 +315,12 @@ class Dense(nn.Module):
         return self.layers(inputs).reshape(image.shape)
 
 
-class Turns(nn.Module):
-    """As :class:`Turning`, by weights: an angle for each label."""
-
-    def __init__(self, angles):
-        super().__init__()
-        matrices = torch.zeros(len(angles), SIZE, SIZE)
-        matrices[:, 0, 1], matrices[:, 1, 0] = -torch.tensor(angles), torch.tensor(angles)
-        self.matrices = nn.Parameter(matrices)
-
-    def forward(self, t, image, labels=None):
-        labels = image.new_zeros(len(image), dtype=torch.long) if labels is None else labels
-        rate = torch.einsum("nij,nj->ni", self.matrices[labels], image.flatten(1))
-        return rate.reshape(image.shape)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("classes", [0, 2])
-def test_reflow_makes_samples_of_two_steps_better(classes):
-    """Nearly a whole turn, and a little one back, lead to the same place."""
-    velocity = ImageVelocity(Turns([6.0, -6.0]), IMAGE_SHAPE, classes).double()
-    kind = pi.ConditionalInterpolantTransform if classes else pi.InterpolantTransform
-    choices = {"divergence": pi.HutchinsonDivergence(), "whitening": ScalarWhitening(SIZE)}
-    make = pi.ConditionalInterpolantDistribution if classes else pi.InterpolantDistribution
-    bent = make(kind(velocity, **choices), event_shape=IMAGE_SHAPE)
-    labels = torch.arange(500) % 2 if classes else None
-    options = {"count": 500, "steps": 150, "learning_rate": 0.2, "seed": 0, "progress": False}
-    found = pi.reflow(bent, context=labels, **options)
-    assert found.before.density_steps is found.after.density_steps is None
-    w, few = torch.randn(50, SIZE), None if labels is None else labels[:50]
-
-    @torch.no_grad()
-    def error(images):
-        ends = []
-        for steps in (2, 64):
-            images.transform.solver = pi.FixedGrid(steps)
-            ends.append(images.given(few).transform(w))
-        return float((ends[0] - ends[1]).norm(dim=-1).mean())
-
-    before, after = error(bent), error(found.distribution)
-    assert after < 0.2 * before
-    assert found.before.sampling_errors[2] == pytest.approx(before, rel=0.5)
-    assert found.after.sampling_errors[2] == pytest.approx(after, rel=0.5)
-
-
-@pytest.mark.parametrize("classes", [0, 3])
-def test_samples_of_the_sde_have_the_law_of_those_of_the_ode(classes):
+def test_samples_of_the_sde_have_the_law_of_those_of_the_ode():
     """Of N(loc, s^2), whose velocity is zero."""
-    velocity = IMAGE_NETWORKS["adapter"](classes)
-    for p in velocity.parameters():
-        nn.init.zeros_(p)
-    images = learn(LEVELS, classes, network=velocity, context=LABELS if classes else None, steps=1)
+    images = learn(LEVELS, 3, context=LABELS, steps=1)
     for p in images.transform.velocity.parameters():
         nn.init.zeros_(p)
-    shape = (20,) if classes else (20, 40)
-    view = images.given(LABELS if classes else None)
-    x = pi.sample_sde(view, shape, steps=50)
+    x = pi.sample_sde(images.given(LABELS), (20,), steps=50)
     assert x.shape == (20, 40, *IMAGE_SHAPE)
     flow, scale = images.transform.flow, float(images.transform.flow.whitening.linear)
     away = (x.flatten(2) - flow.loc) / scale
@@ -493,29 +351,7 @@ class Stop(Exception):
     pass
 
 
-class Remembered(IterableDataset):
-    """Batches of images and labels in an order of their own, which can go on from any of them."""
-
-    def __init__(self, *tensors):
-        self.tensors, self.place = tensors, 0
-
-    def __iter__(self):
-        order = torch.randperm(len(self.tensors[0]), generator=torch.Generator().manual_seed(0))
-        parts = order.split(10)
-        while self.place < len(parts):
-            self.place += 1
-            yield tuple(x[parts[self.place - 1]] for x in self.tensors)
-        self.place = 0
-
-    def state_dict(self):
-        return {"place": self.place}
-
-    def load_state_dict(self, state):
-        self.place = state["place"]
-
-
-@pytest.mark.parametrize("streamed", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_run_on_levels_resumes_to_the_same_bits(streamed, tmp_path):
+def test_a_run_on_levels_resumes_to_the_same_bits(tmp_path):
     """The noise of levels, flips and the labels dropped are those of the run without an end."""
 
     def stop(state):
@@ -523,15 +359,12 @@ def test_a_run_on_levels_resumes_to_the_same_bits(streamed, tmp_path):
             raise Stop
 
     velocity = ImageVelocity(OwnImages(4), IMAGE_SHAPE, classes=3, null_label=3)
-    options = {"steps": 12, "batch_size": 16, "flip": True, "accumulate": 2}
+    options = {"steps": 12, "batch_size": 16, "flip": True, "accumulate": 2, "context": LABELS}
     start = {name: value.clone() for name, value in velocity.state_dict().items()}
 
     def run(**more):
         velocity.load_state_dict(start)
-        data, context = LEVELS, LABELS
-        if streamed:
-            data, context = Remembered(LEVELS, LABELS), None
-        family = learn(data, network=velocity, context=context, **options, **more)
+        family = learn(network=velocity, **options, **more)
         return [p.clone() for p in family.transform.velocity.parameters()]
 
     whole, path = run(), tmp_path / "run.safetensors"
@@ -545,11 +378,9 @@ def test_a_run_on_levels_resumes_to_the_same_bits(streamed, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"coupling": pi.optimal_transport},
-        {"weights": torch.arange(40.0)},
-        {"pairs": torch.randn(40, SIZE, generator=DRAWN)},
-        {"base_samples": torch.rand(40, SIZE, generator=DRAWN)},
-        {"validation": LEVELS[:9]},
+        {"coupling": pi.optimal_transport, "weights": torch.arange(40.0)},
+        {"pairs": LEVELS.flatten(1).cos()},
+        {"base_samples": LEVELS.flatten(1).sin(), "validation": LEVELS[:9]},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -557,22 +388,6 @@ def test_all_that_goes_with_rows_goes_with_images(options):
     images = learn(**options)
     assert images.sample((3,)).shape == (3, *IMAGE_SHAPE)
     assert images.report.sample_error is not None
-
-
-@pytest.mark.slow
-def test_a_trained_flow_of_images_does_what_others_do():
-    images = learn()
-    assert pi.sample_sde(images, (3,), steps=3).shape == (3, *IMAGE_SHAPE)
-    assert images.at(0.5).sample((2,)).shape == (2, *IMAGE_SHAPE)
-    x = images.sample((4,))
-    assert images.score(x).shape == x.shape
-    there = images.transport(x, inverse=True)
-    torch.testing.assert_close(images.transport(there), x, rtol=0, atol=1e-3)
-    pi.reflow(images, count=60, steps=3, seed=0, progress=False)
-    assert images.sample((2,)).shape == (2, *IMAGE_SHAPE)
-    mirror = flow(OwnImages(), interpolant=pi.Mirror())
-    assert pi.fit(mirror, LEVELS, steps=3, progress=False).report.sample_error is not None
-    assert mirror.sample((2,)).shape == (2, *IMAGE_SHAPE)
 
 
 def test_a_batch_without_weight_leaves_levels_what_they_are():

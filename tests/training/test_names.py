@@ -1,10 +1,8 @@
 """Columns of data frames are taken by their names, in whatever order they come."""
 
 import copy
-import functools
 import pickle
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -29,12 +27,10 @@ from pyro_interpolant import (
 )
 from pyro_interpolant.diagnostics import pit
 from pyro_interpolant.distributions.report import Report
-from pyro_interpolant.distributions.rows import check_same_order, names_of
+from pyro_interpolant.distributions.rows import check_same_order
 from pyro_interpolant.infer import object_posteriors
-from pyro_interpolant.training import building
 from pyro_interpolant.training.data import Table
 from pyro_interpolant.training.distributed import Process
-from pyro_interpolant.training.names import Names
 from pyro_interpolant.training.preparation import start_from
 from pyro_interpolant.training.streaming import Stream
 
@@ -131,54 +127,29 @@ def test_names_of_an_earlier_run_stay_with_its_map_alone(anew):
 
 def test_a_new_map_leaves_columns_on_their_supports():
     """And where a base that is given has them; arrays have those of the frames beside them."""
-    y, contexts, swapped = of_contexts()
+    _, contexts, swapped = of_contexts()
     frame = frame_of(share=torch.rand(200), rate=2 + torch.rand(200))
     other = frame[["rate", "share"]]
     support = constraints.stack([constraints.unit_interval, constraints.positive], dim=-1)
-    d = ConditionalInterpolantDistribution(
-        conditional_interpolant_transform(2, 2, (8,)), support=support
-    )
+    d = ConditionalInterpolantDistribution(conditional_of_two(), support=support)
     d.columns, d.context_columns = ("share", "rate"), ("a", "b")
     d.report = Report(2, 200.0, 1.0, 3, 3)
-    expected = Table(d, frame, None, context=contexts)
-    arrays = other.to_numpy()[:9], swapped.to_numpy()[:9]
-    for held in ((other[:9], swapped[:9]), arrays):
-        table = Table(d, other, held, context=swapped)
-        assert table.names[:2] == (d.columns, d.context_columns)
-        for found, wanted in zip(table.rows[:2], expected.rows[:2], strict=True):
-            assert torch.equal(found, torch.cat((wanted, wanted[:9])))
-    start_from(d, arrays[0], table.split(Process(), None), table, Process())
-    assert torch.equal(d.base.rows, torch.tensor(frame.to_numpy()[:9]))
-    for held in (0.1, (other, swapped)):
-        stream = Stream(d, [(other, swapped)], held)
-        found = stream.rows((other, swapped), 0) if stream.given is None else stream.given
-        assert torch.equal(found.w, expected.rows.w)
-        assert torch.equal(found.context, expected.rows.context)
-        assert stream.names == table.names
+    expected = Table(d, frame, None, context=contexts).rows
+    table = Table(d, other, (other[:9].to_numpy(), swapped[:9].to_numpy()), context=swapped)
+    assert table.names[:2] == (d.columns, d.context_columns)
+    for found, wanted in zip(table.rows[:2], expected[:2], strict=True):
+        assert torch.equal(found, torch.cat((wanted, wanted[:9])))
+    stream = Stream(d, [(other, swapped)], (other, swapped))
+    assert torch.equal(stream.given.w, expected.w)
+    assert torch.equal(stream.given.context, expected.context)
+    assert stream.names == table.names
 
 
-def test_a_new_map_of_an_iterable_takes_other_names_as_that_of_a_table():
-    frame, _ = two_columns()
-    d = latent_flow()
-    d.columns, d.report = ("b", "a"), Report(2, 200.0, 1.0, 3, 3)
-    frame = frame.rename(columns={"a": "z"})
-    stream = Stream(d, [frame], frame)
-    assert torch.equal(stream.rows(frame, 0).w, Table(d, frame, None).rows.w)
-    assert stream.names == Names(("z", "b"))
-    with pytest.raises(ValueError, match=r"expected data with the columns \['b', 'a'\]"):
-        Stream(d, [frame], 0.1, anew=False).rows(frame, 0)
-
-
-def test_frames_at_the_base_go_by_the_names_of_the_data(monkeypatch):
+def test_frames_at_the_base_go_by_the_names_of_the_data():
     frame, swapped = two_columns()
     rows, mask = torch.tensor(frame.to_numpy()), torch.ones(200).index_fill(0, SOME, 0.0)
     table = Table(latent_flow(), frame, None, pairs=swapped, weights=mask)
     assert torch.equal(table.rows.partner, rows[mask > 0])
-    given = {}
-    told = functools.wraps(fit)(lambda *_, **options: given.update(options))
-    monkeypatch.setattr(building, "fit", told)
-    from_samples(frame, pairs=swapped, weights=mask)
-    assert torch.equal(given["pairs"], rows[mask > 0])
     d = latent_flow()
     d.columns = ("a", "b")  # of an earlier run; an array has its columns where the data have them
     of_array = Table(d, swapped, None, pairs=rows.flip(1), anew=False)
@@ -188,23 +159,6 @@ def test_frames_at_the_base_go_by_the_names_of_the_data(monkeypatch):
     assert torch.equal(d.base.rows, rows)
     with pytest.raises(ValueError, match=r"expected base_samples with the columns \['a', 'b'\]"):
         fit(d, frame, base_samples=frame.rename(columns={"a": "z"}), **QUICK)
-
-
-def test_frames_at_the_base_go_by_the_names_of_sites(monkeypatch):
-    joint, draws, columns = joint_and_draws()
-    rows = torch.randn(50, 4)
-    frame = frame_of(**dict(zip(("mu", "w[0]", "w[1]", "sigma"), rows.T, strict=True)))
-    swapped = frame[list(columns)]
-    assert torch.equal(Table(joint, draws, None, pairs=swapped).rows.partner, rows)
-    assert torch.equal(Table(joint, draws, None, pairs=rows).rows.partner, rows)
-    given = {}
-    told = functools.wraps(fit)(lambda d, *_, **options: given.update(options, d=d))
-    monkeypatch.setattr(building, "fit", told)
-    from_samples(draws, pairs=swapped)
-    found = Table(given["d"], draws, None, pairs=given["pairs"])
-    assert torch.equal(found.rows.partner, rows)
-    with pytest.raises(ValueError, match=r"expected pairs with the columns \['mu', 'w\[0\]'"):
-        Table(joint, draws, None, pairs=swapped.rename(columns={"mu": "z"}))
 
 
 def of_contexts():
@@ -228,24 +182,6 @@ def test_contexts_of_a_frame_keep_their_names(tmp_path):
     assert torch.equal(pit(d, y, swapped).values, pit(d, y, contexts).values)
     with pytest.raises(ValueError, match=r"context with the columns \['a', 'b'\].*got \['b', 'z"):
         pit(d, y, swapped.rename(columns={"a": "z"}))
-
-
-@pytest.mark.slow
-def test_contexts_of_a_frame_go_by_name_where_the_map_is_kept():
-    y, contexts, swapped = of_contexts()
-    d = ConditionalInterpolantDistribution(conditional_interpolant_transform(1, 2, (8,)))
-    fit(d, y[:, None], context=contexts, **QUICK)
-    expected = Table(d, y[:, None], None, context=contexts).rows.context
-    mask = torch.ones(200).index_fill(0, SOME, 0.0)
-    for anew, weights in ((False, None), (False, mask)):
-        table = Table(d, y[:, None], None, context=swapped, weights=weights, anew=anew)
-        assert torch.equal(table.rows.context, expected if weights is None else expected[mask > 0])
-        assert table.names == Names((), ("a", "b"))
-    batch = y[:, None], swapped
-    assert torch.equal(Stream(d, [batch], batch).given.context, expected)
-    assert torch.equal(Stream(d, [batch], 0.1).rows(batch, 0).context, expected)
-    fit(d, y[:, None], context=swapped.rename(columns={"a": "z"}), **QUICK)
-    assert d.context_columns == ("b", "z")
 
 
 def test_densities_and_contexts_take_the_columns_of_frames_by_name():
@@ -272,27 +208,6 @@ def test_densities_and_contexts_take_the_columns_of_frames_by_name():
         family.condition(given.rename(columns={"u": "c"}))
 
 
-def test_a_frame_of_one_column_is_a_table_of_scalars():
-    d = InterpolantDistribution(random_flow(1), event_shape=())
-    rows = torch.randn(5)
-    frame = pd.DataFrame({"y": rows.numpy()})
-    assert d.log_prob(frame).shape == (5,)
-    assert torch.equal(d.log_prob(frame), d.log_prob(rows))
-    family = ConditionalInterpolantDistribution(random_flow(1, context_dim=2), event_shape=())
-    at = family.condition(torch.randn(5, 2))
-    assert torch.equal(at.log_prob(frame), at.log_prob(frame["y"]))
-
-
-def test_a_row_of_a_frame_is_one_context():
-    family = ConditionalInterpolantDistribution(random_flow(2, context_dim=3))
-    family.context_columns = ("u", "v", "w")
-    contexts = torch.randn(4, 3)
-    frame = pd.DataFrame(contexts.numpy(), columns=["u", "v", "w"])[["w", "u", "v"]]
-    one, x = family.condition(frame.iloc[2]), torch.randn(2)
-    assert one.batch_shape == ()
-    torch.testing.assert_close(one.log_prob(x), family.condition(contexts[2]).log_prob(x))
-
-
 def test_a_row_of_a_frame_is_taken_by_its_index():
     d = InterpolantDistribution(random_flow(2))
     d.columns = ("a", "b")
@@ -304,20 +219,6 @@ def test_a_row_of_a_frame_is_taken_by_its_index():
     assert torch.equal(d.log_prob(by_place), expected)
     with pytest.raises(ValueError, match=r"columns \['a', 'b'\], .* got \['a', 'c'\]"):
         d.log_prob(pd.Series({"a": -1.0, "c": 1.0}))
-
-
-def test_only_frames_have_names_of_columns():
-    class Array:  # of xarray, whose dimension has that name
-        columns = np.array(["a", "b"])
-
-        def to_numpy(self):
-            return np.array([[-1.0, 1.0], [0.5, 2.0]])
-
-    d = InterpolantDistribution(random_flow(2))
-    d.columns = ("a", "b")
-    rows = torch.from_numpy(Array().to_numpy())
-    assert torch.equal(d.log_prob(Array()), d.log_prob(rows))
-    assert names_of(Array()) == ()
 
 
 def conditional_of_two():

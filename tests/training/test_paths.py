@@ -12,7 +12,7 @@ from pyro_interpolant.distributions.bases import WhitenedBase
 from pyro_interpolant.interpolants.couplings import independent, optimal_transport
 from pyro_interpolant.training.distributed import Process
 from pyro_interpolant.training.objective import Objective
-from pyro_interpolant.training.paths import mean_rates, path_points, rows_together
+from pyro_interpolant.training.paths import mean_rates, path_points
 from pyro_interpolant.training.rows import Rows
 
 PATHS = {**INTERPOLANTS, **LATENT}
@@ -40,10 +40,6 @@ def test_mean_rates_are_their_definition(name, dim, groups):
 
 
 def test_groups_share_points_in_equal_pieces():
-    assert rows_together(64, 16) == 32 * 16  # half of 1,024 rows
-    assert (rows_together(64, 4), rows_together(64, 1)) == (64 * 4, 64)
-    assert (rows_together(63, 16), rows_together(61, 16)) == (21 * 16, 16)
-    assert (rows_together(64, 10_000), rows_together(64, 521)) == (500, 1)  # of large batches
     t, (w0, rows) = torch.rand(6, 1), torch.randn(2, 6, 4, 2)
     (points,) = path_points(Trigonometric(), t, w0, rows)
     found = mean_rates(Trigonometric(), *points[:3], rows, 8)

@@ -6,13 +6,11 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
-from arrays import PolarsFrame
 from cases import slow_but
 from pyro.distributions import constraints
 
 from pyro_interpolant import (
     InterpolantDistribution,
-    circular,
     fit,
     from_samples,
     interpolant_transform,
@@ -92,12 +90,6 @@ def test_the_choice(name):
 
 
 @pytest.mark.slow
-def test_units_do_not_matter():
-    x = slab() * torch.tensor([1e-12, 1.0, 1e12]) + torch.tensor([0.0, 1e3, 0.0])
-    assert isinstance(preferred_support(x, constraints.real_vector), Gaussianized)
-
-
-@pytest.mark.slow
 def test_weights_say_which_rows_there_are():
     x, weights = torch.cat((slab(), torch.randn(N, 3))), torch.ones(2 * N)
     weights[:N] = 0.0
@@ -161,18 +153,6 @@ def test_from_samples_chooses_the_same_again_without_need_and_by_weights():
 
 
 @pytest.mark.slow
-def test_from_samples_behind_a_support():
-    x = slab().exp()
-    d = from_samples(x, support=constraints.positive, **OPTIONS)
-    assert isinstance(d.constraint, Gaussianized)
-    y = d.sample((100,))
-    assert (y > 0).all()
-    assert torch.isfinite(d.log_prob(y)).all()
-    share = float((y[:, 0].log().abs() < 1e-3).double().mean())
-    assert share == pytest.approx(0.3, abs=0.15)  # untrained, its marginals are the data's
-
-
-@pytest.mark.slow
 def test_from_samples_takes_lengths_of_named_draws():
     u = 0.01 * torch.randn(N, 20) @ torch.randn(20, 20) * torch.randn(N, 1).exp()
     draws, support = {"a": u[:, :1].exp(), "b": u[:, 1:]}, {"a": constraints.positive}
@@ -181,14 +161,6 @@ def test_from_samples_takes_lengths_of_named_draws():
     y = d.sample((50,))
     assert torch.isfinite(d.log_prob(y)).all()
     assert (d.unpack(y)["a"] > 0).all()
-
-
-@pytest.mark.slow
-def test_rounded_columns_are_noticed_behind_a_map_of_lengths():
-    x = torch.randn(N, 10) * (1.5 * torch.randn(N, 1)).exp()
-    with pytest.warns(UserWarning, match="repeat up to"):
-        d = from_samples((10 * x).round() / 10, **OPTIONS)
-    assert isinstance(d.constraint.gaussianizer, RadialTransform)
 
 
 def test_beyond_lengths_that_end_abruptly_densities_fall_and_are_finite():
@@ -218,17 +190,6 @@ def test_named_or_packed_the_same_rows_are_the_same_rows():
     assert torch.equal(named.log_prob(d.pack(few)), packed.log_prob(d.pack(few)))
 
 
-def test_errors_are_those_of_the_fit():
-    x = slab()
-    x[:, 1] = 3.0
-    for marginals in (None, True):
-        with pytest.raises(ValueError, match=r"constant columns \[1\]"):
-            from_samples(x, marginals=marginals, **OPTIONS)
-    x[:, 1] = 2 * x[:, 2] - x[:, 0]
-    with pytest.raises(ValueError, match="linearly independent columns"):
-        from_samples(x, **OPTIONS)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("far", [1e10, 1e300])
 def test_one_wild_row_decides_nothing(far):
@@ -238,35 +199,17 @@ def test_one_wild_row_decides_nothing(far):
         assert isinstance(preferred_support(x, constraints.real_vector), Gaussianized) == wanted
 
 
-@pytest.mark.parametrize(
-    ("x", "options"),
-    [
-        (lambda x: x, lambda x: {"support": circular}),
-        (lambda x: list(x.split(500)), lambda x: {}),
-        (lambda x: x, lambda x: {"pairs": x}),
-    ],
-    ids=["angles", "batches", "pairs"],
-)
-def test_where_it_cannot_be_asked_for(x, options):
-    rows = torch.rand(N, 2)
-    with pytest.raises(ValueError, match="expected marginals=True beside a table"):
-        from_samples(x(rows), marginals=True, **options(rows), **OPTIONS)
-
-
 def grids(n=400):
     z = torch.randn(n, 2)
     return {
         "rounded": (z * 10).round() / 10,
         "whole": (z * 3).round().long(),
-        "bytes": (torch.rand(n, 2) * 255).to(torch.uint8),
         "booleans": torch.rand(n, 2) < 0.3,
         "halves": z.half(),
         "scalars": (z[:, 0] * 5).round(),
         "a constant column": torch.stack((z[:, 0], torch.full((n,), 3.7)), 1),
-        "constant columns": torch.full((n, 2), 1e9).long(),
         "thirds": (z * 20).round().float() / 3,
         "large whole numbers": 2**30 + torch.randint(0, 50, (n, 2)),
-        "rows drawn again": ((z * 10).round() / 10)[torch.randint(n, (n,))],
     }
 
 
@@ -298,13 +241,3 @@ def test_single_values_beside_others_are_no_rounding():
     assert torch.equal(dequantize(x, 0.0), x.double())
     with pytest.warns(UserWarning, match=r"columns \[1\] repeat single values.*probability"):
         warn_if_rounded(x)
-
-
-def test_a_data_frame_stays_one():
-    pd = pytest.importorskip("pandas")
-    frame = pd.DataFrame({"mass": [1, 2, 2, 4], "kind": [0, 1, 1, 0]}, index=list("abcd"))
-    found = dequantize(frame)
-    assert list(found.columns) == ["mass", "kind"]
-    assert list(found.index) == list("abcd")
-    assert ((found - frame).abs() <= 0.5).all().all()
-    assert torch.equal(dequantize(PolarsFrame(**frame)), torch.tensor(found.to_numpy()))

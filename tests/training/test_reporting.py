@@ -8,8 +8,6 @@ import torch
 from pyro.distributions import constraints
 
 from pyro_interpolant import (
-    ConditionalInterpolantDistribution,
-    ConditionalInterpolantTransform,
     Geodesic,
     InterpolantDistribution,
     InterpolantTransform,
@@ -46,7 +44,7 @@ def small(dim, context_dim=0, classes=0):
     return VelocityMLP(dim, (8, 8), context_dim, classes)
 
 
-@pytest.mark.parametrize("kind", ["positive", "spline", "radial", "joint", "scalar"])
+@pytest.mark.parametrize("kind", ["positive", "spline", "radial", "joint"])
 def test_held_out_nats_and_the_gaussian_are_those_of_the_distributions_own_values(kind):
     """Rows held out are given, so that both means can be computed from outside."""
     x, held = 1 + 0.5 * torch.randn(2000, 2), 1 + 0.5 * torch.randn(500, 2)
@@ -61,8 +59,6 @@ def test_held_out_nats_and_the_gaussian_are_those_of_the_distributions_own_value
         scale = torch.randn(2500, 1).exp()
         x, held = x * scale[:2000], held * scale[2000:]
         options["marginals"] = None
-    elif kind == "scalar":
-        x, held = x[:, 0], held[:, 0]
     if kind == "joint":
         d = from_samples(
             {"a": x[:, 0], "b": x[:, 1]},
@@ -101,15 +97,6 @@ def test_the_gaussian_given_a_context_is_a_linear_regression():
         **PLAIN,
     ).report
     assert report.reference == pytest.approx(-math.log(2 * math.pi * math.e), abs=0.15)
-
-
-def test_the_gaussian_of_a_class_without_rows_is_where_the_others_are():
-    flow = ConditionalInterpolantDistribution(ConditionalInterpolantTransform(small(2, classes=3)))
-    x, labels = 50 + torch.randn(2000, 2), 2.0 * torch.randint(2, (2000, 1))
-    log_prob = reference(flow, Rows(x, labels))
-    normal = dist.MultivariateNormal(x.mean(0), x.T.cov())
-    found = log_prob(Rows(x, torch.ones(2000, 1)))
-    torch.testing.assert_close(found, normal.log_prob(x), rtol=0, atol=0.2)
 
 
 def test_the_gaussian_of_many_columns_is_that_of_many_rows():
@@ -152,22 +139,16 @@ def test_without_a_density_there_are_no_nats():
     assert " s: weights of step " in repr(report)
 
 
-@pytest.mark.parametrize(
-    ("report", "line"),
-    [
-        (
-            Report(5, 3000, 41.4, 1080, 6000, 0.0041, -6.1234, 0.031, -6.8),
+def test_a_report_is_one_line():
+    report = Report(5, 3000, 41.4, 1080, 6000, 0.0041, -6.1234, 0.031, -6.8)
+    assert (
+        repr(report)
+        == str(report)
+        == (
             "5-d density from 3,000 rows in 41.4 s: held-out -6.123 ± 0.031 nats (one Gaussian "
-            "-6.800); log_prob within 0.004 nats; weights of step 1,080 of 6,000",
-        ),
-        (
-            Report(2, math.inf, 600.0, 10, 20, None, -120.4, 3.2, None),
-            "2-d density in 10 min: held-out -120.4 ± 3.2 nats; weights of step 10 of 20",
-        ),
-    ],
-)
-def test_a_report_is_one_line(report, line):
-    assert repr(report) == str(report) == line
+            "-6.800); log_prob within 0.004 nats; weights of step 1,080 of 6,000"
+        )
+    )
 
 
 @pytest.mark.slow
@@ -215,18 +196,6 @@ def test_copies_of_a_row_make_its_mean_no_surer():
         assert getattr(found[0], name) == pytest.approx(getattr(found[1], name))
 
 
-def test_copies_are_known_among_all_rows_where_few_are_held_out():
-    """Of a chain that seldom moves: each row held out is a large share of these."""
-    d = InterpolantDistribution(interpolant_transform(1, (8,)))
-    x, found = torch.randn(150, 1), []
-    for copies in (1, 20):
-        split = Table(d, x.repeat_interleave(copies, 0), 0.1).split(Process(None), None)
-        split = split._replace(held=Rows(x[:15].repeat_interleave(copies, 0), None))
-        report = measured(HeldOutDensity(d, split))
-        found.append(report.held_out_stderr)
-    assert found[1] == pytest.approx(found[0])
-
-
 def test_the_gaussian_and_its_mean_are_by_weight():
     """Of as many rows far off next to nothing is seen."""
     d = InterpolantDistribution(interpolant_transform(1, (8,))).freeze()
@@ -238,14 +207,6 @@ def test_the_gaussian_and_its_mean_are_by_weight():
     normal = dist.Normal(x.mean(), x.std(correction=0))
     assert report.reference == pytest.approx(float(normal.log_prob(x).mean()))
     assert report.held_out == pytest.approx(float(d.log_prob(x).mean()))
-
-
-@pytest.mark.slow
-def test_rows_of_little_weight_count_for_little():
-    weights = torch.full((2000,), 1e-6)
-    weights[:100] = 1.0
-    prior = from_samples(torch.randn(2000, 2), weights=weights, **PLAIN, tolerance=10.0)
-    assert 90 < prior.report.rows < 110
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -262,18 +223,16 @@ def uniform():
     return dist.Uniform(-torch.ones(2), torch.ones(2)).to_event(1)
 
 
+def bounded():
+    support = constraints.positive
+    return InterpolantDistribution(interpolant_transform(2, (8,)), support=support)
+
+
 BASES = {  # and whether it has a density at all real vectors
     "default": (lambda: None, True),
-    "normal": (lambda: dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1), True),
     "uniform": (uniform, False),
-    "exponential": (lambda: dist.Exponential(torch.ones(2)).to_event(1), False),
     "flow": (lambda: InterpolantDistribution(interpolant_transform(2, (8,))), True),
-    "flow with bounds": (
-        lambda: InterpolantDistribution(
-            interpolant_transform(2, (8,)), support=constraints.positive
-        ),
-        False,
-    ),
+    "flow with bounds": (bounded, False),
     "flow from bounds": (
         lambda: InterpolantDistribution(interpolant_transform(2, (8,)), uniform()),
         False,
@@ -306,18 +265,6 @@ def test_rows_without_a_density_are_told_of():
     rows = Rows(rows.w[:1].expand(4, 2), None)
     report = measured(HeldOutDensity(d, Split(rows, rows, 4.0, 10, 4.0)), report)
     assert report.held_out == pytest.approx(-math.log(4.0))
-
-
-@pytest.mark.slow
-def test_rows_beyond_the_bounds_of_a_base_do_not_choose_the_weights():
-    """Most rows lead back there in ten dimensions: their number says nothing of the weights."""
-    d = InterpolantDistribution(
-        interpolant_transform(10, (32,)), dist.Exponential(torch.ones(10)).to_event(1)
-    )
-    with pytest.warns(UserWarning, match="a share of .* held out has density zero: .* bounds of"):
-        result = fit(d, torch.randn(1000, 10), **{**QUICK, "steps": 40})
-    assert result.best_step > 30
-    assert d.report.held_out is None
 
 
 def test_the_loss_judges_where_no_row_has_a_density(monkeypatch):
