@@ -22,7 +22,6 @@ from ..solvers.ode import Adaptive, FixedGrid, Solver
 
 _REFERENCE = Adaptive(rtol=1e-8, atol=1e-8, nodes=96)
 _FIRST_STEPS, _MAX_STEPS = 4, 256
-# Time set aside for the reference solve, in trials at the fewest steps; measured: 12 to 40.
 _FIRST_SAMPLE_STEPS, _MAX_SAMPLE_STEPS, _SAMPLES = 2, 64, 8
 _WORST_ROW_FACTOR = 5.0  # by which its error may exceed the tolerance of the mean
 

@@ -225,8 +225,12 @@ def fit_guide(
         check_plates(guide.prototype_trace)
         check_random_numbers(guide, args, kwargs)
         dtype = torch.float64 if jnp.result_type(float) == np.float64 else torch.float32
-        settings: dict[str, Any] = {"seed": seed, "progress": progress}
-        settings |= {"max_seconds": clock.left(), **(options or {})}
+        settings: dict[str, Any] = {
+            "max_seconds": clock.left(),
+            "seed": seed,
+            "progress": progress,
+            **(options or {}),
+        }
         with seeded(settings["seed"]):
             network = VelocityMLP(guide.latent_dim, guide.hidden_dims).to(dtype)
         posterior = distributions.InterpolantDistribution(transforms.InterpolantTransform(network))

@@ -257,6 +257,10 @@ def test_one_process_of_a_fabric_takes_the_steps_of_none():
         fit(flow, x, steps=20, seed=3, progress=False, tolerance=0.1, fabric=given)
         weights.append(torch.cat([p.detach().flatten() for p in flow.transform.parameters()]))
     assert torch.equal(*weights)
+    double = Fabric(accelerator="cpu", devices=1, precision="64-true")
+    double.launch()
+    with pytest.raises(ValueError, match="torch.float32, got precision '64-true'"):
+        fit(flow, x, steps=1, progress=False, fabric=double)
 
 
 SCRIPT = """
